@@ -1,0 +1,794 @@
+"""Any history: a state machine feeds the broker, and an observer judges every effect.
+
+The observer knows the rules and not the code. It keeps its own books from the events it sent and
+the effects it got, in the plainest containers: lists that are scanned, nothing shared, nothing
+incremental. Each effect must be allowed by the books at that point; after each step the books must
+be in balance, and the broker's own account must agree with them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from whitepool_mp.broker import (
+    Broker,
+    BrokerError,
+    Cancel,
+    Checkin,
+    Checkout,
+    ClientGone,
+    Destroy,
+    Drain,
+    Drained,
+    Effect,
+    Event,
+    Grant,
+    Kill,
+    Refuse,
+    Report,
+    Resize,
+    Retire,
+    Spawn,
+    Start,
+    Terminate,
+    Tick,
+    WorkerExited,
+    WorkerFailed,
+    WorkerReady,
+)
+from whitepool_mp.config import Policy
+
+START_TIMEOUT = 8.0
+STOP_TIMEOUT = 2.0
+BACKOFF_FIRST = 0.5
+BACKOFF_MAX = 4.0
+
+
+EXAMPLES = 800
+STEPS = 60
+
+
+class FullDelay(random.Random):
+    """A generator whose jitter takes nothing off, so that delays are exact."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+@dataclass(eq=False)
+class W:
+    id: int
+    slot: int
+    state: str
+    born: float
+    since: float
+    grants: int = 0
+    dirty: bool = False
+    # Spawned after the last lengthening of the backoff.
+    fresh: bool = True
+
+
+@dataclass(eq=False)
+class T:
+    client: int
+    ticket: int
+    block: bool
+    deadline: float | None
+    outcome: str = "open"
+
+    def expired(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
+
+
+@dataclass(eq=False)
+class L:
+    id: int
+    ticket: T
+    worker: W
+
+
+class Observer:
+    """The books, and what may be entered into them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.pool_size = policy.pool_size
+        self.limit = policy.pool_size + policy.max_overflow
+        self.workers: list[W] = []  # in order of spawning
+        self.idle: list[W] = []  # in order of becoming idle
+        self.waiting: list[T] = []  # in order of arrival
+        self.leases: list[L] = []
+        self.last_worker = 0
+        self.last_lease = 0
+        self.closing = False
+        self.drained = 0
+        self.attempt = 0
+        self.not_before = 0.0
+        self.unused_deaths = 0
+        self.granted = 0
+        # What this one step allows and requires.
+        self.event: Event = Tick()
+        self.now = 0.0
+        self.asking: T | None = None
+        self.freed: W | None = None
+        self.may_kill: list[W] = []
+        self.failure: str | None = None
+        self.due_refusals: list[T] = []
+        self.due_reports: list[tuple[str, int | None]] = []
+        self.answers: list[Refuse] = []
+
+    def by_state(self, *states: str) -> list[W]:
+        return [worker for worker in self.workers if worker.state in states]
+
+    @property
+    def alive(self) -> list[W]:
+        return self.by_state("booting", "idle", "leased")
+
+    @property
+    def live(self) -> list[W]:
+        return self.by_state("idle", "leased")
+
+    @property
+    def want(self) -> int:
+        leased = len(self.by_state("leased"))
+        if self.closing:
+            return min(self.limit, leased + len(self.waiting))
+        need = leased + len(self.by_state("idle")) + len(self.waiting)
+        return min(self.limit, max(self.pool_size, need))
+
+    def find(self, worker_id: int) -> W:
+        return next(worker for worker in self.workers if worker.id == worker_id)
+
+    # Before the step: what the event alone implies.
+
+    def expect(self, event: Event, now: float) -> None:
+        self.event = event
+        self.now = now
+        self.asking = None
+        self.freed = None
+        self.may_kill = []
+        self.failure = None
+        self.due_refusals = []
+        self.due_reports = []
+        self.answers = []
+        if isinstance(event, Checkout):
+            if any(t.client == event.client and t.ticket == event.ticket for t in self.open()):
+                return
+            self.asking = T(event.client, event.ticket, event.block, event.deadline)
+            self.waiting.append(self.asking)
+        elif isinstance(event, Cancel):
+            for lease in self.leases:
+                if (lease.ticket.client, lease.ticket.ticket) == event:
+                    self.free(lease)
+        elif isinstance(event, (Checkin, Destroy)):
+            for lease in self.leases:
+                if lease.id == event.lease and lease.ticket.client == event.client:
+                    if isinstance(event, Checkin):
+                        self.free(lease)
+                    else:
+                        self.soil(lease)
+        elif isinstance(event, ClientGone):
+            for ticket in list(self.waiting):
+                if ticket.client == event.client:
+                    self.end(ticket, "gone")
+            for lease in list(self.leases):
+                if lease.ticket.client == event.client:
+                    self.soil(lease)
+        elif isinstance(event, WorkerReady):
+            for worker in self.by_state("booting"):
+                if worker.id == event.worker:
+                    worker.state = "idle"
+                    worker.since = now
+                    self.idle.append(worker)
+                    self.freed = worker
+                    if self.attempt and self.unused_deaths <= self.limit:
+                        self.attempt = 0
+                        self.due_reports.append(("recovered", worker.id))
+        elif isinstance(event, WorkerFailed):
+            for worker in self.by_state("booting"):
+                if worker.id == event.worker:
+                    worker.state = "failed"
+                    self.may_kill.append(worker)
+                    self.fail([worker], event.reason)
+        elif isinstance(event, WorkerExited):
+            for worker in list(self.workers):
+                if worker.id == event.worker:
+                    self.bury(worker, event.reason)
+        elif isinstance(event, Tick):
+            late = [w for w in self.by_state("booting") if now >= w.born + START_TIMEOUT]
+            for worker in late:
+                worker.state = "failed"
+            self.may_kill += late
+            self.fail(late, f"did not start within {START_TIMEOUT:g} s")
+            for worker in self.by_state("retiring"):
+                if now >= worker.since + STOP_TIMEOUT:
+                    self.may_kill.append(worker)
+                    self.due_reports.append(("stop_overrun", worker.id))
+        elif isinstance(event, Resize):
+            self.pool_size = event.pool_size
+            self.limit = event.pool_size + event.max_overflow
+        elif isinstance(event, Drain):
+            self.closing = True
+        elif isinstance(event, Terminate):
+            self.closing = True
+            self.due_refusals = list(self.waiting)
+            self.may_kill = [w for w in self.workers if w.state != "killed"]
+
+    def open(self) -> list[T]:
+        return self.waiting + [lease.ticket for lease in self.leases]
+
+    def end(self, ticket: T, outcome: str) -> None:
+        assert ticket.outcome == "open", f"{ticket} ended twice"
+        ticket.outcome = outcome
+        self.waiting.remove(ticket)
+
+    def free(self, lease: L) -> None:
+        self.leases.remove(lease)
+        lease.worker.state = "idle"
+        lease.worker.since = self.now
+        self.idle.append(lease.worker)
+        self.freed = lease.worker
+
+    def soil(self, lease: L) -> None:
+        self.leases.remove(lease)
+        lease.worker.dirty = True
+        lease.worker.state = "dirty"
+        self.may_kill.append(lease.worker)
+
+    def bury(self, worker: W, reason: str) -> None:
+        state = worker.state
+        self.workers.remove(worker)
+        if state == "booting":
+            self.fail([worker], reason)
+        elif state in ("idle", "leased"):
+            self.due_reports.append(("crashed", worker.id))
+            if worker in self.idle:
+                self.idle.remove(worker)
+            self.leases = [lease for lease in self.leases if lease.worker is not worker]
+            if not worker.grants:
+                self.unused_deaths += 1
+                if self.unused_deaths > self.limit:
+                    self.fail([worker], reason)
+
+    def fail(self, failed: list[W], reason: str) -> None:
+        """Starts failed, one after the other."""
+        if not failed:
+            return
+        self.failure = reason
+        for worker in failed:
+            self.due_reports.append(("start_failed", worker.id))
+            if worker.fresh:
+                full = min(BACKOFF_MAX, BACKOFF_FIRST * 2**self.attempt)
+                self.not_before = self.now + full
+                self.attempt += 1
+                self.due_reports.append(("backing_off", None))
+                for other in self.workers + failed:
+                    other.fresh = False
+        if not self.by_state("booting"):
+            if self.live:
+                self.due_refusals = [t for t in self.waiting if not t.block]
+            else:
+                self.due_refusals = list(self.waiting)
+
+    # During the step: each effect is judged by the books as they stand, then entered.
+
+    def enter(self, effect: Effect) -> None:
+        getattr(self, "enter_" + type(effect).__name__.lower())(effect)
+
+    def enter_spawn(self, effect: Spawn) -> None:
+        assert effect.worker > self.last_worker, "worker numbers only grow"
+        self.last_worker = effect.worker
+        slots = {worker.slot for worker in self.alive}
+        assert effect.slot == min(set(range(self.limit)) - slots), "the lowest free slot"
+        assert len(self.alive) < self.limit, "growth above the limit"
+        assert len(self.alive) < self.want, "growth without demand"
+        if self.attempt:
+            assert self.now >= self.not_before, "a spawn during the backoff"
+            assert not self.by_state("booting"), "more than one probe"
+        self.workers.append(W(effect.worker, effect.slot, "booting", self.now, self.now))
+
+    def enter_grant(self, effect: Grant) -> None:
+        assert effect.lease > self.last_lease, "lease numbers only grow"
+        self.last_lease = effect.lease
+        worker = self.find(effect.worker)
+        assert not worker.dirty, "a dirty worker was granted again"
+        assert worker.state == "idle", f"granted while {worker.state}"
+        assert len(self.alive) <= self.limit, "a surplus worker was granted"
+        expected = self.idle[-1 if self.policy.strategy == "lifo" else 0]
+        assert worker is expected, f"{self.policy.strategy} is {expected}, not {worker}"
+        assert self.waiting, "granted though nobody waits"
+        ticket = self.waiting[0]
+        assert (ticket.client, ticket.ticket) == effect[:2], "not first come, first served"
+        assert not ticket.expired(self.now), "granted after its deadline"
+        self.end(ticket, "granted")
+        self.idle.remove(worker)
+        worker.state = "leased"
+        worker.since = self.now
+        worker.grants += 1
+        self.leases.append(L(effect.lease, ticket, worker))
+        self.unused_deaths = 0
+        self.granted += 1
+
+    def enter_refuse(self, effect: Refuse) -> None:
+        if isinstance(self.event, Cancel):
+            self.answers.append(effect)
+        ticket = next((t for t in self.waiting if (t.client, t.ticket) == effect[:2]), None)
+        if ticket is None:
+            assert isinstance(self.event, Cancel), "refused what nobody waits for"
+            assert effect.why == "cancelled"
+            return
+        place = self.waiting.index(ticket)
+        leased = len(self.by_state("leased"))
+        if isinstance(self.event, Cancel) and self.event == effect[:2]:
+            failing = self.attempt and not self.live
+            assert effect.why == ("factory_failed" if failing else "cancelled")
+        elif effect.why == "full":
+            assert not ticket.block
+            assert ticket is self.asking or isinstance(self.event, Resize)
+            assert not self.idle
+            assert leased + place >= self.limit, "refused as full though a worker may start"
+        elif effect.why == "closed":
+            assert self.closing
+            assert ticket is self.asking or isinstance(self.event, Terminate)
+        elif effect.why == "timeout":
+            assert ticket.expired(self.now), "refused before its deadline"
+            assert ticket is self.asking or (place == 0 and self.freed)
+        elif effect.why == "factory_failed":
+            assert not self.by_state("booting")
+            if ticket is self.asking:
+                assert self.attempt
+                assert self.now < self.not_before
+                if ticket.block:
+                    assert not self.live
+                    assert ticket.deadline is not None
+                    assert ticket.deadline < self.not_before
+            else:
+                assert ticket in self.due_refusals
+                assert effect.detail == self.failure, "the reason reaches whoever waits"
+        else:
+            raise AssertionError(f"unexpected {effect}")
+        self.end(ticket, effect.why)
+
+    def enter_retire(self, effect: Retire) -> None:
+        worker = self.find(effect.worker)
+        assert worker.state == "idle", f"retired while {worker.state}"
+        surplus = len(self.alive) > self.limit
+        drained = self.closing and not self.waiting
+        over = len(self.alive) > self.pool_size
+        warm = self.now < worker.since + self.policy.overflow_ttl
+        assert surplus or drained or (over and not warm), "retired without a reason"
+        assert worker is self.freed or worker is self.idle[0], "not the longest idle"
+        self.idle.remove(worker)
+        worker.state = "retiring"
+        worker.since = self.now
+
+    def enter_kill(self, effect: Kill) -> None:
+        worker = self.find(effect.worker)
+        assert worker.state != "killed", "killed twice"
+        if worker in self.may_kill:
+            self.may_kill.remove(worker)
+        else:
+            assert worker.state == "booting", f"killed while {worker.state}"
+            surplus = isinstance(self.event, Resize) and len(self.alive) > self.limit
+            assert surplus or (self.closing and not self.waiting), "killed without a reason"
+        if worker in self.idle:
+            self.idle.remove(worker)
+        self.leases = [lease for lease in self.leases if lease.worker is not worker]
+        worker.state = "killed"
+        worker.since = self.now
+
+    def enter_report(self, effect: Report) -> None:
+        entry = (effect.what, effect.worker)
+        assert entry in self.due_reports, f"unexpected {effect}"
+        self.due_reports.remove(entry)
+
+    def enter_drained(self, effect: Drained) -> None:
+        assert self.closing
+        assert not self.workers
+        assert not self.waiting
+        self.drained += 1
+
+    # After the step: the balance.
+
+    def balance(self, broker: Broker) -> None:
+        now = self.now
+        booting = self.by_state("booting")
+        leased = self.by_state("leased")
+        assert not self.may_kill, f"not killed: {self.may_kill}"
+        assert not self.due_reports, f"not reported: {self.due_reports}"
+        assert all(t.outcome != "open" for t in self.due_refusals), "left waiting"
+        if isinstance(self.event, Cancel):
+            answers = [answer for answer in self.answers if answer[:2] == self.event]
+            assert len(answers) == 1, "a cancel is answered once"
+        if self.asking in self.waiting and not self.asking.block:
+            assert len(leased) + len(self.waiting) <= self.limit, "would wait for a checkin"
+        assert not (self.waiting and self.idle), "waits while a worker is idle"
+        if len(self.alive) > self.limit:
+            assert not booting, "booting above the limit"
+            assert not self.idle, "idle above the limit"
+        slots = [worker.slot for worker in self.alive]
+        assert len(slots) == len(set(slots)), "two of the alive share a slot"
+
+        missing = len(self.alive) < self.want
+        paused = self.attempt and (booting or now < self.not_before)
+        untold = self.attempt and not isinstance(self.event, Tick)
+        assert not missing or paused or untold, "a missing worker was not replaced"
+        if isinstance(self.event, Tick):
+            assert all(now < w.born + START_TIMEOUT for w in booting)
+            assert all(now < w.since + STOP_TIMEOUT for w in self.by_state("retiring"))
+        if isinstance(self.event, (Tick, Resize)) and len(self.alive) > self.pool_size:
+            assert all(now < w.since + self.policy.overflow_ttl for w in self.idle)
+        if self.freed in self.idle and self.policy.overflow_ttl == 0:
+            assert len(self.alive) <= self.pool_size, "overflow kept at a checkin"
+        if self.closing and not self.waiting:
+            assert not booting, "booting with nobody to serve"
+            assert not self.idle, "idle with nobody to serve"
+            assert self.drained == (not self.workers), "drained, once"
+        else:
+            assert not self.drained
+        if isinstance(self.event, Terminate):
+            assert not self.alive
+            assert not self.waiting
+
+        due = [w.born + START_TIMEOUT for w in booting]
+        due += [w.since + STOP_TIMEOUT for w in self.by_state("retiring")]
+        if len(self.alive) > self.pool_size:
+            due += [w.since + self.policy.overflow_ttl for w in self.idle]
+        if self.attempt and missing and not booting:
+            due.append(self.not_before)
+        assert broker.next_deadline() == (min(due) if due else None)
+        if self.waiting:
+            assert booting or leased or due, "waits for nothing"
+        self.compare(broker)
+
+    def compare(self, broker: Broker) -> None:
+        """The broker's account agrees with the books."""
+        status = broker.status()
+        assert status.pool_size == self.pool_size
+        assert status.limit == self.limit
+        assert status.booting == len(self.by_state("booting"))
+        assert status.idle == len(self.by_state("idle")) == len(self.idle)
+        assert status.leased == len(self.by_state("leased")) == len(self.leases)
+        assert status.retiring == len(self.by_state("retiring", "killed"))
+        assert status.waiting == len(self.waiting)
+        assert status.alive == len(self.alive)
+        assert status.overflow == max(0, len(self.alive) - self.pool_size)
+        assert status.failing == bool(self.attempt)
+        assert status.draining == self.closing
+        assert status.counters["granted"] == self.granted
+        assert status.counters["spawned"] == self.last_worker
+        holders = {lease.worker.id: lease for lease in self.leases}
+        records = list(broker.workers())
+        assert [record.id for record in records] == [worker.id for worker in self.workers]
+        for record, worker in zip(records, self.workers, strict=True):
+            assert broker.worker(worker.id) is record
+            assert record.state.value == worker.state
+            assert record.alive == (worker in self.alive)
+            assert record.slot == worker.slot
+            assert record.born == worker.born
+            assert record.since == worker.since
+            assert record.leases_served == worker.grants
+            lease = holders.get(worker.id)
+            assert record.lease == (lease.id if lease else None)
+            assert record.client == (lease.ticket.client if lease else None)
+        for lease in self.leases:
+            assert broker.lease_worker(lease.ticket.client, lease.id) == lease.worker.id
+            assert broker.lease_worker(lease.ticket.client + 1, lease.id) is None
+
+
+TIMES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 5.0])
+PICK = st.integers(0, 10**6)
+
+
+class BrokerMachine(RuleBasedStateMachine):
+    """Feeds the broker with anything that clients, workers, the clock and the owner can do."""
+
+    @initialize(
+        pool_size=st.integers(0, 4),
+        max_overflow=st.integers(0, 3),
+        fifo=st.booleans(),
+        ttl=st.sampled_from([0.0, 1.0]),
+        booted=st.booleans(),
+        gentle=st.booleans(),
+    )
+    def start(
+        self,
+        pool_size: int,
+        max_overflow: int,
+        fifo: bool,
+        ttl: float,
+        booted: bool,
+        gentle: bool,
+    ) -> None:
+        policy = Policy(
+            pool_size=pool_size,
+            max_overflow=max_overflow or int(pool_size == 0),
+            strategy="fifo" if fifo else "lifo",
+            overflow_ttl=ttl,
+            start_timeout=START_TIMEOUT,
+            stop_timeout=STOP_TIMEOUT,
+            backoff_first=BACKOFF_FIRST,
+            backoff_max=BACKOFF_MAX,
+        )
+        self.gentle = gentle
+        self.now = 0.0
+        self.broker = Broker(policy, rng=FullDelay())
+        self.books = Observer(policy)
+        self.clients = [1, 3, 5]
+        self.last_ticket = 0
+        self.ended_leases: list[tuple[int, int]] = []
+        self.failures = 0
+        self.send(Start())
+        if booted:
+            self.all_ready()
+
+    def send(self, event: Event) -> None:
+        held = {(lease.ticket.client, lease.id) for lease in self.books.leases}
+        self.books.expect(event, self.now)
+        for effect in self.broker.step(event, self.now):
+            self.books.enter(effect)
+        self.books.balance(self.broker)
+        held -= {(lease.ticket.client, lease.id) for lease in self.books.leases}
+        self.ended_leases += sorted(held)
+
+    def reason(self) -> str:
+        self.failures += 1
+        return f"reason {self.failures}"
+
+    # Clients
+
+    @rule(pick=PICK, block=st.sampled_from([True, True, False]), patience=st.none() | TIMES)
+    def checkout(self, pick: int, block: bool, patience: float | None) -> None:
+        self.last_ticket += 1
+        deadline = None if patience is None else self.now + patience
+        client = self.clients[pick % len(self.clients)]
+        self.send(Checkout(client, self.last_ticket, block, deadline))
+        ticket = self.books.asking
+        assert ticket is not None
+
+    @rule(count=st.integers(2, 8), pick=PICK)
+    def rush(self, count: int, pick: int) -> None:
+        for number in range(count):
+            self.checkout(pick + number, True, None)
+
+    @precondition(lambda self: self.books.open())
+    @rule(pick=PICK)
+    def checkout_again(self, pick: int) -> None:
+        ticket = self.books.open()[pick % len(self.books.open())]
+        self.send(Checkout(ticket.client, ticket.ticket, True, None))
+
+    @precondition(lambda self: self.books.waiting)
+    @rule(pick=PICK)
+    def cancel_waiting(self, pick: int) -> None:
+        ticket = self.books.waiting[pick % len(self.books.waiting)]
+        self.send(Cancel(ticket.client, ticket.ticket))
+
+    @precondition(lambda self: self.books.leases)
+    @rule(pick=PICK)
+    def cancel_that_crossed_the_grant(self, pick: int) -> None:
+        ticket = self.books.leases[pick % len(self.books.leases)].ticket
+        self.send(Cancel(ticket.client, ticket.ticket))
+
+    @rule(pick=PICK, ticket=st.integers(1, 60))
+    def cancel_anything(self, pick: int, ticket: int) -> None:
+        self.send(Cancel(self.clients[pick % len(self.clients)], ticket))
+
+    @precondition(lambda self: self.books.leases)
+    @rule(pick=PICK)
+    def checkin(self, pick: int) -> None:
+        lease = self.books.leases[pick % len(self.books.leases)]
+        self.send(Checkin(lease.ticket.client, lease.id))
+
+    @precondition(lambda self: self.books.leases)
+    @rule()
+    def checkin_all(self) -> None:
+        for lease in list(self.books.leases):
+            self.send(Checkin(lease.ticket.client, lease.id))
+
+    @precondition(lambda self: self.books.leases)
+    @rule(pick=PICK)
+    def checkin_by_another(self, pick: int) -> None:
+        lease = self.books.leases[pick % len(self.books.leases)]
+        self.send(Checkin(lease.ticket.client + 1, lease.id))
+
+    @precondition(lambda self: self.ended_leases)
+    @rule(pick=PICK, destroy=st.booleans())
+    def checkin_too_late(self, pick: int, destroy: bool) -> None:
+        client, lease = self.ended_leases[pick % len(self.ended_leases)]
+        self.send(Destroy(client, lease, "late") if destroy else Checkin(client, lease))
+
+    @precondition(lambda self: self.books.leases)
+    @rule(pick=PICK, foreign=st.sampled_from([False, False, True]))
+    def destroy(self, pick: int, foreign: bool) -> None:
+        lease = self.books.leases[pick % len(self.books.leases)]
+        self.send(Destroy(lease.ticket.client + foreign, lease.id, "broken"))
+
+    @precondition(lambda self: self.books.open())
+    @rule(pick=PICK, other=st.sampled_from([False, False, False, True]))
+    def client_gone(self, pick: int, other: bool) -> None:
+        if other:
+            self.lose_client(pick)
+        else:
+            ticket = self.books.open()[pick % len(self.books.open())]
+            self.lose_client(self.clients.index(ticket.client))
+
+    def lose_client(self, pick: int) -> None:
+        place = pick % len(self.clients)
+        self.send(ClientGone(self.clients[place]))
+        self.clients[place] = max(self.clients) + 2
+
+    # Workers
+
+    def booting(self) -> list[W]:
+        return self.books.by_state("booting")
+
+    @precondition(lambda self: self.booting())
+    @rule(pick=PICK)
+    def ready(self, pick: int) -> None:
+        self.send(WorkerReady(self.booting()[pick % len(self.booting())].id))
+
+    @precondition(lambda self: self.booting())
+    @rule()
+    def all_ready(self) -> None:
+        for worker in self.booting():
+            self.send(WorkerReady(worker.id))
+
+    @precondition(lambda self: self.booting())
+    @rule(pick=PICK, exits=st.booleans())
+    def fails(self, pick: int, exits: bool) -> None:
+        worker = self.booting()[pick % len(self.booting())]
+        event = WorkerExited if exits else WorkerFailed
+        self.send(event(worker.id, self.reason()))
+
+    @precondition(lambda self: self.booting())
+    @rule()
+    def all_fail(self) -> None:
+        for worker in self.booting():
+            if worker.state == "booting":
+                self.send(WorkerFailed(worker.id, self.reason()))
+
+    @precondition(lambda self: self.books.workers)
+    @rule(pick=PICK)
+    def exits(self, pick: int) -> None:
+        worker = self.books.workers[pick % len(self.books.workers)]
+        self.send(WorkerExited(worker.id, self.reason()))
+
+    @precondition(lambda self: self.books.by_state("retiring", "killed"))
+    @rule()
+    def stopped_ones_exit(self) -> None:
+        for worker in self.books.by_state("retiring", "killed"):
+            self.send(WorkerExited(worker.id, "as asked"))
+
+    @precondition(lambda self: self.books.idle)
+    @rule(pick=PICK)
+    def idle_one_crashes(self, pick: int) -> None:
+        worker = self.books.idle[pick % len(self.books.idle)]
+        self.send(WorkerExited(worker.id, self.reason()))
+
+    @precondition(lambda self: self.books.by_state("killed"))
+    @rule(pick=PICK, failed=st.booleans())
+    def answer_of_a_killed_one(self, pick: int, failed: bool) -> None:
+        killed = self.books.by_state("killed")
+        worker = killed[pick % len(killed)]
+        self.send(WorkerFailed(worker.id, "late") if failed else WorkerReady(worker.id))
+
+    @precondition(lambda self: self.books.last_worker > len(self.books.workers))
+    @rule(pick=PICK, kind=st.sampled_from(["ready", "failed", "exited"]))
+    def news_of_a_forgotten_one(self, pick: int, kind: str) -> None:
+        known = {worker.id for worker in self.books.workers}
+        gone = [n for n in range(1, self.books.last_worker + 1) if n not in known]
+        number = gone[pick % len(gone)]
+        if kind == "ready":
+            self.send(WorkerReady(number))
+        else:
+            self.send((WorkerFailed if kind == "failed" else WorkerExited)(number, "late"))
+
+    # The clock and the owner
+
+    @rule(delay=TIMES)
+    def advance(self, delay: float) -> None:
+        """Events may come in before the tick that is due."""
+        self.now += delay
+
+    @precondition(lambda self: any(t.deadline is not None for t in self.books.waiting))
+    @rule(pick=PICK)
+    def advance_to_the_deadline_of_a_waiter(self, pick: int) -> None:
+        """It watches its own clock, so its cancel may come after other events."""
+        deadlines = [t.deadline for t in self.books.waiting if t.deadline is not None]
+        self.now = max(self.now, deadlines[pick % len(deadlines)])
+        if pick % 2 and self.books.leases:
+            self.checkin(pick)
+
+    @rule(delay=TIMES)
+    def advance_and_tick(self, delay: float) -> None:
+        self.now += delay
+        self.send(Tick())
+
+    @precondition(lambda self: self.broker.next_deadline() is not None)
+    @rule()
+    def tick_at_the_deadline(self) -> None:
+        due = self.broker.next_deadline()
+        assert due is not None
+        self.now = max(self.now, due)
+        self.send(Tick())
+        after = self.broker.next_deadline()
+        assert after is None or after > self.now, "a tick that changes nothing: a busy loop"
+
+    @rule(pool_size=st.integers(0, 5), max_overflow=st.integers(0, 3), pick=st.integers(0, 2))
+    def resize(self, pool_size: int, max_overflow: int, pick: int) -> None:
+        if pick == 0:
+            self.send(Resize(pool_size, max_overflow or int(pool_size == 0)))
+
+    @precondition(lambda self: self.last_ticket > 6)
+    @rule(pick=st.integers(0, 3))
+    def drain(self, pick: int) -> None:
+        if pick == 0:
+            self.send(Drain())
+
+    @precondition(lambda self: self.last_ticket > 6)
+    @rule(pick=st.integers(0, 7))
+    def terminate(self, pick: int) -> None:
+        if pick == 0:
+            self.send(Terminate())
+
+    @rule(kind=st.integers(0, 6), pick=PICK)
+    def impossible(self, kind: int, pick: int) -> None:
+        started = self.books.by_state("idle", "leased", "retiring")
+        events: list[Event] = [
+            WorkerReady(self.books.last_worker + 1),
+            WorkerExited(0, "no such worker"),
+            Resize(-1, 5),
+            Resize(0, 0),
+            Start(),
+        ]
+        if started:
+            events.append(WorkerReady(started[pick % len(started)].id))
+            events.append(WorkerFailed(started[pick % len(started)].id, "twice"))
+        before = repr(self.broker.status())
+        with pytest.raises(BrokerError):
+            self.broker.step(events[kind % len(events)], self.now)
+        assert repr(self.broker.status()) == before
+        self.books.compare(self.broker)
+
+    def teardown(self) -> None:
+        """Whatever came before, a pool that is closed comes to its end."""
+        if not hasattr(self, "broker"):
+            return
+        self.send(Drain() if self.gentle else Terminate())
+        for _ in range(10_000):
+            if self.books.drained:
+                break
+            for lease in list(self.books.leases):
+                self.send(Checkin(lease.ticket.client, lease.id))
+            for worker in self.booting():
+                if worker.state == "booting":
+                    self.send(WorkerReady(worker.id))
+            self.stopped_ones_exit()
+            if self.broker.next_deadline() is not None:
+                self.tick_at_the_deadline()
+        assert self.books.drained == 1
+        assert not self.broker._clients, "a client with nothing open is remembered"
+
+
+def test_any_history_keeps_the_invariants() -> None:
+    run_state_machine_as_test(
+        BrokerMachine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,78 @@
+"""The pure core of a pool: a state machine from events to effects, without any I/O.
+
+    broker = Broker(policy)
+    effects = broker.step(Checkout(client=1, ticket=1, block=True, deadline=None), now)
+
+It imports nothing but its own modules and `whitepool_mp.config`; a test says so. `core` holds the
+rules.
+"""
+
+from __future__ import annotations
+
+from whitepool_mp.broker.backoff import Backoff
+from whitepool_mp.broker.core import Broker
+from whitepool_mp.broker.effects import (
+    Drained,
+    Effect,
+    Grant,
+    Kill,
+    Refuse,
+    Report,
+    ReportKind,
+    Retire,
+    Spawn,
+    Why,
+)
+from whitepool_mp.broker.errors import BrokerError
+from whitepool_mp.broker.events import (
+    Cancel,
+    Checkin,
+    Checkout,
+    ClientGone,
+    Destroy,
+    Drain,
+    Event,
+    Resize,
+    Start,
+    Terminate,
+    Tick,
+    WorkerExited,
+    WorkerFailed,
+    WorkerReady,
+)
+from whitepool_mp.broker.state import Waiter, Worker, WorkerState
+from whitepool_mp.broker.status import BrokerStatus
+
+__all__ = [
+    "Backoff",
+    "Broker",
+    "BrokerError",
+    "BrokerStatus",
+    "Cancel",
+    "Checkin",
+    "Checkout",
+    "ClientGone",
+    "Destroy",
+    "Drain",
+    "Drained",
+    "Effect",
+    "Event",
+    "Grant",
+    "Kill",
+    "Refuse",
+    "Report",
+    "ReportKind",
+    "Resize",
+    "Retire",
+    "Spawn",
+    "Start",
+    "Terminate",
+    "Tick",
+    "Waiter",
+    "Why",
+    "Worker",
+    "WorkerExited",
+    "WorkerFailed",
+    "WorkerReady",
+    "WorkerState",
+]

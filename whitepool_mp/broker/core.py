@@ -1,0 +1,387 @@
+"""The broker: who gets which worker, and how many workers there are.
+
+It stands between the clients' requests and the workers' lives, and does nothing itself:
+`step(event, now)` takes what happened and gives what is to be done. The manager turns readiness of
+descriptors into events and performs the effects; its wait time is `next_deadline()`.
+
+What becomes of a worker, by state and event:
+
+              Ready    Failed    Exited    Checkin,  Destroy,  start_   stop_    overflow_
+                                           Cancel    Gone      timeout  timeout  ttl
+    BOOTING   place    KILLED *  gone *    .         .         KILLED*  .        .
+    IDLE      error    error     gone +    .         .         .        .        RETIRING
+    LEASED    error    error     gone +    place     KILLED    .        .        .
+    RETIRING  error    error     gone      .         .         .        KILLED   .
+    KILLED    late     late      gone      .         .         .        .        .
+    gone      late     late      late      .         .         .        .        .
+    unborn    error    error     error     .         .         .        .        .
+
+      place   LEASED to the first waiter in time; else RETIRING if it is one too many; else IDLE
+      *       a failed start                    +     a crash
+      late    a race: counted, ignored          .     does not happen
+      error   BrokerError, and nothing changes
+
+Drain makes IDLE into RETIRING and BOOTING into KILLED once nobody waits. A Resize below what is
+alive kills BOOTING, then retires IDLE. Terminate makes everything KILLED.
+
+The rules
+1.  alive = booting + idle + leased; limit = pool_size + max_overflow. A worker is spawned only
+    below the limit. Above it, after a Resize, only leased workers are left, and retire at checkin.
+2.  Waiters are served in order. Whoever finds its deadline passed when its turn comes is refused;
+    before that the client watches its own clock and sends Cancel. Nobody waits while a worker is
+    idle.
+3.  Each Cancel is answered by one Refuse. A cancelled grant counts as a checkin.
+4.  want = min(limit, max(pool_size, leased + idle + waiting)) workers are kept alive; a draining
+    pool has no pool_size.
+5.  A failed start sets a backoff: no spawn before its end, then one at a time until a worker
+    is ready. Failures of one wave (starts before the last lengthening of the backoff) lengthen it
+    once.
+6.  A failed start that leaves nobody booting and nobody live (idle or leased) refuses all who wait,
+    with its reason. One that leaves only leased workers refuses those who wait for a start only.
+7.  A crash is replaced at once. Workers that die without ever having been granted, more than limit
+    of them with no grant in between, count as failed starts: a crash loop is a failing factory.
+8.  A non-blocking checkout waits for a start and for nobody's checkin. It is refused when the pool
+    is full, or when no worker can be started now.
+
+Every event costs O(1) amortised, plus O(log limit) for a spawn's slot, whatever the number of
+workers and waiters; a client's end costs what it held. Resize may look at each worker and at
+as many waiters as the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from whitepool_mp.broker.effects import Effect, Why
+from whitepool_mp.broker.errors import BrokerError
+from whitepool_mp.broker.events import (
+    Cancel,
+    Checkin,
+    Checkout,
+    ClientGone,
+    Destroy,
+    Drain,
+    Event,
+    Resize,
+    Start,
+    Terminate,
+    Tick,
+    WorkerExited,
+    WorkerFailed,
+    WorkerReady,
+)
+from whitepool_mp.broker.moves import Moves, oldest
+from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, Waiter, Worker
+from whitepool_mp.broker.status import BrokerStatus
+from whitepool_mp.config import Policy
+
+__all__ = ["Broker"]
+
+
+class Broker(Moves):
+    """The pure state machine of one pool.
+
+    Args:
+        policy: sizes, strategy and timeouts (seconds).
+        rng: the source of the backoff's jitter; seed one to make a run repeatable.
+    """
+
+    def __init__(self, policy: Policy, rng: random.Random | None = None) -> None:
+        super().__init__(policy, random.Random() if rng is None else rng)
+        self._handlers = _BEFORE_START
+        self._now = -math.inf
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event and decide.
+
+        Args:
+            event: what happened.
+            now: when, in seconds on any clock that does not run backwards; an earlier time than
+                before is taken to be the time before.
+
+        Returns:
+            What is to be done, in this order.
+
+        Raises:
+            BrokerError: the event cannot have happened. Nothing has changed.
+        """
+        handler = self._handlers.get(type(event))
+        if handler is None:
+            expected = ", ".join(kind.__name__ for kind in self._handlers)
+            raise BrokerError(f"expected one of {expected}; got {event!r}")
+        now = max(now, self._now)
+        effects: list[Effect] = []
+        handler(self, event, now, effects)
+        self._now = now
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """Tell when the broker next needs a `Tick`.
+
+        Returns:
+            An absolute time in seconds on the clock of `now`, perhaps a past one, or None if only
+            other events can change anything.
+        """
+        roster = self._roster
+        policy = self._policy
+        due = math.inf
+        if roster.booting:
+            due = oldest(roster.booting).born + policy.start_timeout
+        elif self._starts.failing and self._missing() > 0:
+            due = self._starts.not_before
+        if roster.retiring:
+            due = min(due, oldest(roster.retiring).since + policy.stop_timeout)
+        if roster.idle and roster.alive > self._pool_size:
+            due = min(due, oldest(roster.idle).since + policy.overflow_ttl)
+        return due if due < math.inf else None
+
+    def status(self) -> BrokerStatus:
+        """Take the counts."""
+        roster = self._roster
+        return BrokerStatus(
+            pool_size=self._pool_size,
+            max_overflow=self._limit - self._pool_size,
+            booting=len(roster.booting),
+            idle=len(roster.idle),
+            leased=len(roster.leases),
+            retiring=len(roster.known) - roster.alive,
+            waiting=len(self._waitlist),
+            failing=self._starts.failing,
+            draining=self._draining,
+            last_failure=self._starts.last_failure,
+            counters=dict(self._counters),
+        )
+
+    def worker(self, worker_id: int) -> Worker | None:
+        """Find the record of a worker that has not exited; read it only.
+
+        After the step that takes its `WorkerExited` it is gone, so ask before it.
+        """
+        return self._roster.known.get(worker_id)
+
+    def workers(self) -> Iterator[Worker]:
+        """Iterate over all workers that have not exited, oldest first; read them only."""
+        return iter(self._roster.known.values())
+
+    def lease_worker(self, client: int, lease: int) -> int | None:
+        """Tell which worker this client holds under this lease, or None if it does not."""
+        worker = self._roster.leases.get(lease)
+        return worker.id if worker is not None and worker.client == client else None
+
+    def lease_holder(self, lease: int) -> int | None:
+        """Tell which client holds a lease, or None if nobody does."""
+        worker = self._roster.leases.get(lease)
+        return None if worker is None else worker.client
+
+    def __repr__(self) -> str:
+        roster = self._roster
+        return (
+            f"<Broker size={self._pool_size}+{self._limit - self._pool_size}"
+            f" booting={len(roster.booting)} idle={len(roster.idle)}"
+            f" leased={len(roster.leases)} waiting={len(self._waitlist)}>"
+        )
+
+    # Requests of clients
+
+    def _on_checkout(self, event: Checkout, now: float, out: list[Effect]) -> None:
+        client, ticket, block, until = event
+        tickets = self._clients.get(client)
+        if tickets is not None and ticket in tickets:
+            self._counters["duplicate_checkouts"] += 1
+            return
+        deadline = math.inf if until is None else until
+        refusal = self._objection(block, deadline, now)
+        if refusal is not None:
+            self._refuse(client, ticket, *refusal, out)
+        elif self._roster.idle:
+            _, worker = self._roster.idle.popitem(last=self._policy.strategy == "lifo")
+            self._grant(worker, client, ticket, now, out)
+        else:
+            waiter = Waiter(client, ticket, block, deadline)
+            self._waitlist.add(waiter)
+            self._clients.setdefault(client, {})[ticket] = waiter
+            self._grow(now, out)
+
+    def _objection(self, block: bool, deadline: float, now: float) -> tuple[Why, str] | None:
+        """Say why a checkout can be neither granted nor made to wait, if so."""
+        roster = self._roster
+        if self._draining:
+            return "closed", "the pool is closed"
+        if now >= deadline:
+            return "timeout", "the deadline had passed on arrival"
+        if roster.idle:
+            return None
+        if not block and len(roster.leases) + len(self._waitlist) >= self._limit:
+            return "full", f"all {self._limit} workers are taken"
+        if self._starts.failing and not roster.booting:
+            # Nothing can be ready before the next attempt: do not let those wait for it who cannot.
+            next_start = self._starts.not_before
+            if (not roster.live and deadline < next_start) if block else now < next_start:
+                return "factory_failed", self._starts.last_failure or ""
+        return None
+
+    def _on_cancel(self, event: Cancel, now: float, out: list[Effect]) -> None:
+        client, ticket = event
+        holder = self._clients.get(client, {}).get(ticket)
+        why: Why = "cancelled"
+        detail = ""
+        if holder is None:
+            self._counters["unknown_cancels"] += 1
+        elif type(holder) is Waiter and self._starts.failing and not self._roster.live:
+            why, detail = "factory_failed", self._starts.last_failure or ""
+        self._refuse(client, ticket, why, detail, out)
+        if type(holder) is Worker:
+            self._counters["cancelled_grants"] += 1
+            self._give_back(holder, now, out)
+        elif type(holder) is Waiter:
+            self._unwait(holder)
+            self._settle(now, out)
+
+    def _on_checkin(self, event: Checkin, now: float, out: list[Effect]) -> None:
+        worker = self._held(event.client, event.lease)
+        if worker is not None:
+            self._give_back(worker, now, out)
+
+    def _on_destroy(self, event: Destroy, now: float, out: list[Effect]) -> None:
+        worker = self._held(event.client, event.lease)
+        if worker is not None:
+            self._kill(worker, event.reason, now, out)
+            self._settle(now, out)
+
+    def _on_client_gone(self, event: ClientGone, now: float, out: list[Effect]) -> None:
+        for holder in list(self._clients.get(event.client, {}).values()):
+            if type(holder) is Waiter:
+                self._unwait(holder)
+            elif type(holder) is Worker:
+                self._kill(holder, "its client has gone", now, out)
+        self._settle(now, out)
+
+    # Lives of workers
+
+    def _on_ready(self, event: WorkerReady, now: float, out: list[Effect]) -> None:
+        worker = self._booting(event)
+        if worker is None:
+            return
+        if self._starts.succeeded(self._limit):
+            self._report("recovered", worker.id, "a worker started", out)
+        self._roster.detach(worker)
+        self._place(worker, now, out)
+        self._settle(now, out)
+
+    def _on_failed(self, event: WorkerFailed, now: float, out: list[Effect]) -> None:
+        worker = self._booting(event)
+        if worker is None:
+            return
+        self._kill(worker, "its start failed", now, out)
+        self._start_failed(worker, event.reason, now, out)
+        self._settle(now, out)
+
+    def _on_exited(self, event: WorkerExited, now: float, out: list[Effect]) -> None:
+        worker = self._roster.get(event.worker)
+        if worker is None:
+            self._counters["late_events"] += 1
+            return
+        state = worker.state
+        self._detach(worker)
+        self._roster.forget(worker)
+        if state is BOOTING:
+            self._start_failed(worker, event.reason, now, out)
+        elif state is IDLE or state is LEASED:
+            self._counters["crashes"] += 1
+            self._report("crashed", worker.id, event.reason, out)
+            if not worker.leases_served and self._starts.died_unused(self._limit):
+                self._start_failed(worker, event.reason, now, out)
+        self._settle(now, out)
+
+    def _booting(self, event: WorkerReady | WorkerFailed) -> Worker | None:
+        """Find the worker that an answer to a spawn is about; None if the answer came too late."""
+        worker = self._roster.get(event.worker)
+        if worker is None or worker.state is KILLED:
+            self._counters["late_events"] += 1
+            return None
+        if worker.state is not BOOTING:
+            raise BrokerError(f"expected a booting worker; got {event!r} about {worker!r}")
+        return worker
+
+    # The owner and the clock
+
+    def _on_start(self, event: Start, now: float, out: list[Effect]) -> None:
+        self._handlers = _AFTER_START
+        self._grow(now, out)
+
+    def _on_tick(self, event: Tick, now: float, out: list[Effect]) -> None:
+        roster = self._roster
+        policy = self._policy
+        while roster.booting:
+            worker = oldest(roster.booting)
+            if now < worker.born + policy.start_timeout:
+                break
+            reason = f"did not start within {policy.start_timeout:g} s"
+            self._kill(worker, reason, now, out)
+            self._start_failed(worker, reason, now, out)
+        while roster.retiring:
+            worker = oldest(roster.retiring)
+            if now < worker.since + policy.stop_timeout:
+                break
+            reason = f"did not stop within {policy.stop_timeout:g} s"
+            self._report("stop_overrun", worker.id, reason, out)
+            self._kill(worker, reason, now, out)
+        self._settle(now, out)
+        self._trim(now, out)
+
+    def _on_resize(self, event: Resize, now: float, out: list[Effect]) -> None:
+        if event.pool_size < 0 or event.max_overflow < 0 or sum(event) < 1:
+            raise BrokerError(f"expected sizes >= 0 with a sum >= 1; got {event!r}")
+        roster = self._roster
+        self._pool_size = event.pool_size
+        self._limit = sum(event)
+        while roster.booting and roster.alive > self._limit:
+            newest = next(reversed(roster.booting.values()))
+            self._kill(newest, "the pool shrank", now, out)
+        while roster.idle and roster.alive > self._limit:
+            self._retire_idle(oldest(roster.idle), now, out)
+        # Those behind the limit would now have to wait for a checkin.
+        for waiter in self._waitlist.impatient(max(0, self._limit - len(roster.leases))):
+            self._unwait(waiter)
+            detail = f"the pool shrank to {self._limit} workers"
+            self._refuse(waiter.client, waiter.ticket, "full", detail, out)
+        self._settle(now, out)
+        self._trim(now, out)
+
+    def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
+        self._draining = True
+        self._settle(now, out)
+
+    def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:
+        self._draining = True
+        for waiter in self._waitlist.all():
+            self._unwait(waiter)
+            self._refuse(waiter.client, waiter.ticket, "closed", "the pool was terminated", out)
+        for worker in self._roster.known.values():
+            if worker.state is not KILLED:
+                self._kill(worker, "the pool was terminated", now, out)
+        self._settle(now, out)
+
+
+# The event types are the keys, so what a handler takes is known only to itself.
+_Handlers = dict[type, Callable[[Broker, Any, float, list[Effect]], None]]
+
+_BEFORE_START: _Handlers = {Start: Broker._on_start}
+
+_AFTER_START: _Handlers = {
+    Checkout: Broker._on_checkout,
+    Cancel: Broker._on_cancel,
+    Checkin: Broker._on_checkin,
+    Destroy: Broker._on_destroy,
+    ClientGone: Broker._on_client_gone,
+    WorkerReady: Broker._on_ready,
+    WorkerFailed: Broker._on_failed,
+    WorkerExited: Broker._on_exited,
+    Tick: Broker._on_tick,
+    Resize: Broker._on_resize,
+    Drain: Broker._on_drain,
+    Terminate: Broker._on_terminate,
+}

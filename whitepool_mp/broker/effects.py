@@ -1,0 +1,99 @@
+"""What the broker wants done, as values: the output of `Broker.step`.
+
+Effects are performed in the order given. As with events, tell them apart by type: named tuples
+compare as tuples, and `Drained()` is falsy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+__all__ = [
+    "Drained",
+    "Effect",
+    "Grant",
+    "Kill",
+    "Refuse",
+    "Report",
+    "ReportKind",
+    "Retire",
+    "Spawn",
+    "Why",
+]
+
+Why = Literal["full", "closed", "timeout", "factory_failed", "cancelled"]
+
+ReportKind = Literal["start_failed", "backing_off", "recovered", "crashed", "stop_overrun"]
+
+
+class Spawn(NamedTuple):
+    """Start a process for this worker, and answer with ready, failed or exited.
+
+    Args:
+        worker: its number, never used before.
+        slot: its place among the living, 0 <= slot < limit; a replacement inherits it.
+    """
+
+    worker: int
+    slot: int
+
+
+class Grant(NamedTuple):
+    """Hand this worker to the client that holds this ticket."""
+
+    client: int
+    ticket: int
+    lease: int
+    worker: int
+
+
+class Refuse(NamedTuple):
+    """Tell a client that this ticket gets no worker.
+
+    Args:
+        client: who asked.
+        ticket: the client's number for the checkout.
+        why: "full" (would not block), "closed" (draining or terminated), "timeout" (its deadline
+            had passed when its turn came), "factory_failed" (no live worker could serve it and
+            starts fail) or "cancelled" (the answer to a `Cancel`).
+        detail: for "factory_failed" the reason of the failed start, the remote traceback.
+    """
+
+    client: int
+    ticket: int
+    why: Why
+    detail: str
+
+
+class Retire(NamedTuple):
+    """Ask this worker to stop cleanly; `Kill` follows if it takes longer than stop_timeout."""
+
+    worker: int
+
+
+class Kill(NamedTuple):
+    """Kill this worker and all its descendants, now."""
+
+    worker: int
+    reason: str
+
+
+class Report(NamedTuple):
+    """Something for the log; nothing has to be done about it.
+
+    Args:
+        what: "start_failed", "backing_off", "recovered", "crashed" or "stop_overrun".
+        worker: the worker it is about, or None if it is about the pool.
+        detail: the reason in words.
+    """
+
+    what: ReportKind
+    worker: int | None
+    detail: str
+
+
+class Drained(NamedTuple):
+    """The pool is closed and no worker of any state is left; emitted exactly once."""
+
+
+Effect = Spawn | Grant | Refuse | Retire | Kill | Report | Drained

@@ -1,0 +1,138 @@
+"""What can happen to a pool, as values: the input of `Broker.step`.
+
+Clients, tickets, leases and workers are plain integers. A client is one control connection; a
+ticket numbers one checkout of one client and is chosen by it; leases and workers are numbered by
+the broker, and only ever upwards. Deadlines are absolute, in seconds, on the clock of `now`.
+
+Named tuples are the cheapest immutable record, and compare as tuples: `WorkerReady(1)` equals
+`ClientGone(1)`, and an event without fields is falsy. Tell events apart by type, as the broker
+does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "Cancel",
+    "Checkin",
+    "Checkout",
+    "ClientGone",
+    "Destroy",
+    "Drain",
+    "Event",
+    "Resize",
+    "Start",
+    "Terminate",
+    "Tick",
+    "WorkerExited",
+    "WorkerFailed",
+    "WorkerReady",
+]
+
+
+class Start(NamedTuple):
+    """The first event, once: start `pool_size` workers."""
+
+
+class Checkout(NamedTuple):
+    """A client asks for a worker.
+
+    Args:
+        client: who asks.
+        ticket: the client's number for this checkout, unique among those it has open.
+        block: wait for a checkin if need be. If false, wait for no more than a worker's start.
+        deadline: when the client stops waiting (seconds, absolute), or None for never.
+    """
+
+    client: int
+    ticket: int
+    block: bool
+    deadline: float | None
+
+
+class Cancel(NamedTuple):
+    """A client gave up on a checkout; answered by exactly one `Refuse`, whatever became of it."""
+
+    client: int
+    ticket: int
+
+
+class Checkin(NamedTuple):
+    """A client gives a worker back, fit to serve the next one."""
+
+    client: int
+    lease: int
+
+
+class Destroy(NamedTuple):
+    """A client gives a worker back as dirty: it is killed and replaced."""
+
+    client: int
+    lease: int
+    reason: str
+
+
+class ClientGone(NamedTuple):
+    """A client's connection ended: it waits no more, and what it held is dirty."""
+
+    client: int
+
+
+class WorkerReady(NamedTuple):
+    """A worker's factory returned."""
+
+    worker: int
+
+
+class WorkerFailed(NamedTuple):
+    """A worker's factory raised; its process still has to exit.
+
+    For a worker that never had a process, `WorkerExited` alone says so.
+    """
+
+    worker: int
+    reason: str
+
+
+class WorkerExited(NamedTuple):
+    """A worker's process is gone, or never was."""
+
+    worker: int
+    reason: str
+
+
+class Tick(NamedTuple):
+    """Time has passed `Broker.next_deadline()`. Harmless when it has not."""
+
+
+class Resize(NamedTuple):
+    """New bounds for the number of workers; the sum must be at least 1."""
+
+    pool_size: int
+    max_overflow: int
+
+
+class Drain(NamedTuple):
+    """Refuse new checkouts, serve those who wait, then stop every worker."""
+
+
+class Terminate(NamedTuple):
+    """Refuse everybody and kill every worker, now."""
+
+
+Event = (
+    Start
+    | Checkout
+    | Cancel
+    | Checkin
+    | Destroy
+    | ClientGone
+    | WorkerReady
+    | WorkerFailed
+    | WorkerExited
+    | Tick
+    | Resize
+    | Drain
+    | Terminate
+)

@@ -1,0 +1,230 @@
+"""The moves a broker can make: what happens to one worker or one waiter, and the balance.
+
+`core` says which event leads to which move. Here every move leaves the records consistent and notes
+its effect; `_settle` then restores the balance of supply and demand, once, at the end of an event.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+
+from whitepool_mp.broker.backoff import Backoff
+from whitepool_mp.broker.effects import (
+    Drained,
+    Effect,
+    Grant,
+    Kill,
+    Refuse,
+    Report,
+    ReportKind,
+    Retire,
+    Spawn,
+    Why,
+)
+from whitepool_mp.broker.roster import Roster
+from whitepool_mp.broker.starts import Starts
+from whitepool_mp.broker.state import KILLED, LEASED, RETIRING, Waiter, Worker
+from whitepool_mp.broker.waitlist import Waitlist
+from whitepool_mp.config import Policy
+
+__all__ = ["Moves", "oldest"]
+
+_COUNTERS = (
+    "granted",
+    "refused_full",
+    "refused_closed",
+    "refused_timeout",
+    "refused_factory_failed",
+    "refused_cancelled",
+    "cancelled_grants",
+    "unknown_cancels",
+    "duplicate_checkouts",
+    "stale_checkins",
+    "foreign_checkins",
+    "spawned",
+    "start_failures",
+    "crashes",
+    "retired",
+    "killed",
+    "late_events",
+)
+
+_REFUSED: dict[Why, str] = {
+    "full": "refused_full",
+    "closed": "refused_closed",
+    "timeout": "refused_timeout",
+    "factory_failed": "refused_factory_failed",
+    "cancelled": "refused_cancelled",
+}
+
+
+def oldest(workers: OrderedDict[int, Worker]) -> Worker:
+    """Give the worker that has been longest in this state."""
+    return next(iter(workers.values()))
+
+
+class Moves:
+    """The state of a broker, and its moves.
+
+    Args:
+        policy: sizes, strategy and timeouts (seconds).
+        rng: the source of the backoff's jitter.
+    """
+
+    def __init__(self, policy: Policy, rng: random.Random) -> None:
+        self._policy = policy
+        self._pool_size = policy.pool_size
+        self._limit = policy.pool_size + policy.max_overflow
+        self._draining = False
+        self._drained = False
+        self._roster = Roster()
+        self._waitlist = Waitlist()
+        self._starts = Starts(Backoff(policy.backoff_first, policy.backoff_max), rng)
+        # What each client has open: a Waiter, or the Worker it was granted, by ticket.
+        self._clients: dict[int, dict[int, Waiter | Worker]] = {}
+        self._counters = dict.fromkeys(_COUNTERS, 0)
+
+    # Supply and demand
+
+    def _missing(self) -> int:
+        """Tell how many workers demand and pool_size ask for beyond those alive; may be < 0."""
+        roster = self._roster
+        want = len(roster.leases) + len(self._waitlist)
+        if not self._draining:
+            want = max(self._pool_size, want + len(roster.idle))
+        return min(self._limit, want) - roster.alive
+
+    def _grow(self, now: float, out: list[Effect]) -> None:
+        """Spawn what is missing, as far as failing starts allow."""
+        missing = self._missing()
+        if missing > 0 and self._starts.failing:
+            missing = 0 if self._roster.booting or now < self._starts.not_before else 1
+        for _ in range(missing):
+            worker = self._roster.add(now, self._starts.wave)
+            self._counters["spawned"] += 1
+            out.append(Spawn(worker.id, worker.slot))
+
+    def _trim(self, now: float, out: list[Effect]) -> None:
+        """Retire overflow that has been idle for long enough, longest idle first."""
+        roster = self._roster
+        while roster.idle and roster.alive > self._pool_size:
+            worker = oldest(roster.idle)
+            if now < worker.since + self._policy.overflow_ttl:
+                break
+            self._retire_idle(worker, now, out)
+
+    def _settle(self, now: float, out: list[Effect]) -> None:
+        """Restore the balance after anything that may have changed supply or demand."""
+        if self._draining and not self._waitlist:
+            roster = self._roster
+            while roster.idle:
+                self._retire_idle(oldest(roster.idle), now, out)
+            while roster.booting:
+                self._kill(oldest(roster.booting), "the pool is draining", now, out)
+            if not roster.known and not self._drained:
+                self._drained = True
+                out.append(Drained())
+        else:
+            self._grow(now, out)
+
+    def _start_failed(self, worker: Worker, reason: str, now: float, out: list[Effect]) -> None:
+        """Draw the consequences of a failed start, except for the worker itself."""
+        self._counters["start_failures"] += 1
+        self._report("start_failed", worker.id, reason, out)
+        delay = self._starts.failed(worker, reason, now)
+        if delay is not None:
+            self._report("backing_off", None, f"next start in {delay:.3g} s", out)
+        if not self._roster.booting:
+            live = self._roster.live
+            for waiter in self._waitlist.impatient() if live else self._waitlist.all():
+                self._unwait(waiter)
+                self._refuse(waiter.client, waiter.ticket, "factory_failed", reason, out)
+
+    # Moves of one worker or waiter
+
+    def _held(self, client: int, lease: int) -> Worker | None:
+        """Find the worker under a lease, if this client holds it; count it if not."""
+        worker = self._roster.leases.get(lease)
+        if worker is None:
+            self._counters["stale_checkins"] += 1
+        elif worker.client != client:
+            self._counters["foreign_checkins"] += 1
+        else:
+            return worker
+        return None
+
+    def _give_back(self, worker: Worker, now: float, out: list[Effect]) -> None:
+        """Take a clean worker back from its holder."""
+        self._detach(worker)
+        self._place(worker, now, out)
+        self._settle(now, out)
+
+    def _place(self, worker: Worker, now: float, out: list[Effect]) -> None:
+        """Decide what a worker does that was detached, fit to serve."""
+        others = self._roster.alive
+        if others < self._limit:
+            while self._waitlist:
+                waiter = self._waitlist.first()
+                self._unwait(waiter)
+                if now < waiter.deadline:
+                    self._grant(worker, waiter.client, waiter.ticket, now, out)
+                    return
+                detail = "the deadline had passed when its turn came"
+                self._refuse(waiter.client, waiter.ticket, "timeout", detail, out)
+            over = others >= self._pool_size
+            if not self._draining and not (over and self._policy.overflow_ttl <= 0):
+                self._roster.rest(worker, now)
+                return
+        self._counters["retired"] += 1
+        self._roster.stop(worker, RETIRING, now)
+        out.append(Retire(worker.id))
+
+    def _grant(
+        self, worker: Worker, client: int, ticket: int, now: float, out: list[Effect]
+    ) -> None:
+        """Lease a detached worker."""
+        self._starts.used()
+        self._counters["granted"] += 1
+        lease = self._roster.lease(worker, client, ticket, now)
+        self._clients.setdefault(client, {})[ticket] = worker
+        out.append(Grant(client, ticket, lease, worker.id))
+
+    def _retire_idle(self, worker: Worker, now: float, out: list[Effect]) -> None:
+        self._counters["retired"] += 1
+        self._roster.detach(worker)
+        self._roster.stop(worker, RETIRING, now)
+        out.append(Retire(worker.id))
+
+    def _kill(self, worker: Worker, reason: str, now: float, out: list[Effect]) -> None:
+        self._counters["killed"] += 1
+        self._detach(worker)
+        self._roster.stop(worker, KILLED, now)
+        out.append(Kill(worker.id, reason))
+
+    def _detach(self, worker: Worker) -> None:
+        """Take a worker out of where it is, its holder's hands included."""
+        if worker.state is LEASED:
+            assert worker.client is not None
+            assert worker.ticket is not None
+            self._close(worker.client, worker.ticket)
+        self._roster.detach(worker)
+
+    def _unwait(self, waiter: Waiter) -> None:
+        """Take a waiter off the list."""
+        self._waitlist.remove(waiter)
+        self._close(waiter.client, waiter.ticket)
+
+    def _close(self, client: int, ticket: int) -> None:
+        """Forget a ticket, and a client that has no other."""
+        tickets = self._clients[client]
+        del tickets[ticket]
+        if not tickets:
+            del self._clients[client]
+
+    def _refuse(self, client: int, ticket: int, why: Why, detail: str, out: list[Effect]) -> None:
+        self._counters[_REFUSED[why]] += 1
+        out.append(Refuse(client, ticket, why, detail))
+
+    def _report(self, what: ReportKind, worker: int | None, detail: str, out: list[Effect]) -> None:
+        out.append(Report(what, worker, detail))

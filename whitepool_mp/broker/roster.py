@@ -1,0 +1,112 @@
+"""Who works here: every worker from its spawn to its exit, by state, and the slots they sit in.
+
+Each state but KILLED has a container of its own, ordered by when the worker entered it. Timeouts
+are the same for all workers of a state, so the first of a container is also the next one due, and
+the number of workers in a state is the length of its container: no timers to cancel, no counts to
+keep in step. Every method is O(1), or O(log slots) where a slot changes hands.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+
+from whitepool_mp.broker.errors import BrokerError
+from whitepool_mp.broker.state import BOOTING, IDLE, LEASED, RETIRING, Worker, WorkerState
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """The workers of a pool. It keeps records and makes no decisions."""
+
+    __slots__ = ("_free", "_last_lease", "_last_worker", "booting", "idle", "known", "leases",
+                 "retiring")  # fmt: skip
+
+    def __init__(self) -> None:
+        self.known: dict[int, Worker] = {}
+        self.booting: OrderedDict[int, Worker] = OrderedDict()
+        self.idle: OrderedDict[int, Worker] = OrderedDict()
+        self.retiring: OrderedDict[int, Worker] = OrderedDict()
+        self.leases: dict[int, Worker] = {}
+        self._free: list[int] = []
+        self._last_worker = 0
+        self._last_lease = 0
+
+    @property
+    def alive(self) -> int:
+        """How many workers count against the limit."""
+        return len(self.booting) + len(self.idle) + len(self.leases)
+
+    @property
+    def live(self) -> bool:
+        """Whether any worker has started and serves or could serve."""
+        return bool(self.idle or self.leases)
+
+    def get(self, worker_id: int) -> Worker | None:
+        """Find a worker; None if it has exited.
+
+        Raises:
+            BrokerError: there never was such a worker.
+        """
+        worker = self.known.get(worker_id)
+        if worker is None and not 0 < worker_id <= self._last_worker:
+            raise BrokerError(f"worker {worker_id} was never spawned")
+        return worker
+
+    def add(self, now: float, wave: int) -> Worker:
+        """Make a new booting worker in the lowest free slot."""
+        # Slots 0..n-1 are each either held by one of the alive or in the heap, so with an empty
+        # heap n is how many are alive; and the lowest free slot never exceeds that number.
+        slot = heapq.heappop(self._free) if self._free else self.alive
+        self._last_worker += 1
+        worker = Worker(self._last_worker, slot, now, wave)
+        self.known[worker.id] = self.booting[worker.id] = worker
+        return worker
+
+    def detach(self, worker: Worker) -> None:
+        """Take a worker out of its state's container, on its way to another one."""
+        state = worker.state
+        if state is LEASED:
+            assert worker.lease is not None
+            del self.leases[worker.lease]
+            worker.lease = worker.client = worker.ticket = None
+        elif state is BOOTING:
+            del self.booting[worker.id]
+        elif state is IDLE:
+            del self.idle[worker.id]
+        elif state is RETIRING:
+            del self.retiring[worker.id]
+
+    def rest(self, worker: Worker, now: float) -> None:
+        """Make a detached worker idle."""
+        worker.state = IDLE
+        worker.since = now
+        self.idle[worker.id] = worker
+
+    def lease(self, worker: Worker, client: int, ticket: int, now: float) -> int:
+        """Lease a detached worker, under a number higher than all before."""
+        self._last_lease = lease = self._last_lease + 1
+        worker.state = LEASED
+        worker.since = now
+        worker.lease = lease
+        worker.client = client
+        worker.ticket = ticket
+        worker.leases_served += 1
+        self.leases[lease] = worker
+        return lease
+
+    def stop(self, worker: Worker, state: WorkerState, now: float) -> None:
+        """Make a detached worker RETIRING or KILLED; its slot is free if it was alive."""
+        if worker.alive:
+            heapq.heappush(self._free, worker.slot)
+        worker.state = state
+        worker.since = now
+        if state is RETIRING:
+            self.retiring[worker.id] = worker
+
+    def forget(self, worker: Worker) -> None:
+        """Strike a detached worker off; its slot is free if it was alive."""
+        if worker.alive:
+            heapq.heappush(self._free, worker.slot)
+        del self.known[worker.id]

@@ -1,0 +1,100 @@
+"""The records the broker keeps: a worker, and a waiter."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+__all__ = ["BOOTING", "IDLE", "KILLED", "LEASED", "RETIRING", "Waiter", "Worker", "WorkerState"]
+
+
+class WorkerState(enum.Enum):
+    """Where a worker is in its life. The first three count against the limit (are "alive")."""
+
+    BOOTING = "booting"
+    IDLE = "idle"
+    LEASED = "leased"
+    RETIRING = "retiring"
+    KILLED = "killed"
+
+
+# Plain module globals: looking a member up on its enum costs more than the comparison.
+BOOTING: Final = WorkerState.BOOTING
+IDLE: Final = WorkerState.IDLE
+LEASED: Final = WorkerState.LEASED
+RETIRING: Final = WorkerState.RETIRING
+KILLED: Final = WorkerState.KILLED
+
+
+class Worker:
+    """One worker process, from its `Spawn` until its exit. For others than the broker: read only.
+
+    Attributes:
+        id: its number.
+        slot: its place among the living; after it stops being alive, the place it had.
+        state: where it is in its life.
+        born: when it was spawned, in seconds.
+        since: when it entered its state, in seconds.
+        lease: the lease it is under, or None.
+        client: who holds that lease, or None.
+        ticket: the checkout that the lease answered, or None.
+        leases_served: how often it was granted.
+        wave: which round of starts it belongs to; failures of one round count as one.
+    """
+
+    __slots__ = (
+        "born",
+        "client",
+        "id",
+        "lease",
+        "leases_served",
+        "since",
+        "slot",
+        "state",
+        "ticket",
+        "wave",
+    )
+
+    def __init__(self, number: int, slot: int, now: float, wave: int) -> None:
+        self.id = number
+        self.slot = slot
+        self.state = BOOTING
+        self.born = now
+        self.since = now
+        self.lease: int | None = None
+        self.client: int | None = None
+        self.ticket: int | None = None
+        self.leases_served = 0
+        self.wave = wave
+
+    @property
+    def alive(self) -> bool:
+        """Whether it counts against the limit: booting, idle or leased."""
+        state = self.state
+        return state is BOOTING or state is IDLE or state is LEASED
+
+    def __repr__(self) -> str:
+        lease = "" if self.lease is None else f" lease={self.lease} client={self.client}"
+        return f"<Worker {self.id} slot={self.slot} {self.state.value}{lease}>"
+
+
+class Waiter:
+    """One checkout that waits for a worker.
+
+    Attributes:
+        client: who asked.
+        ticket: the client's number for this checkout.
+        block: whether it may wait for a checkin, and not for a start alone.
+        deadline: when it stops waiting, in seconds; infinity for never.
+    """
+
+    __slots__ = ("block", "client", "deadline", "ticket")
+
+    def __init__(self, client: int, ticket: int, block: bool, deadline: float) -> None:
+        self.client = client
+        self.ticket = ticket
+        self.block = block
+        self.deadline = deadline
+
+    def __repr__(self) -> str:
+        return f"<Waiter client={self.client} ticket={self.ticket} deadline={self.deadline}>"

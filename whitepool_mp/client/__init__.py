@@ -1,0 +1,1 @@
+"""This process's side of a pool: its connections, channels and leases; what `Session` stands on."""

@@ -1,0 +1,104 @@
+"""A direct channel to one worker, driven by the thread that calls."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import socket
+import time
+
+from whitepool_mp.client.link import TimedOut, left_ms
+from whitepool_mp.wire import messages
+from whitepool_mp.wire.messages import Message, MessageReader
+
+
+class ChannelBroken(Exception):
+    """The worker closed the channel, or is gone. Internal."""
+
+
+class Channel:
+    """The client's end. One call at a time, by whoever of this process holds the worker's lease.
+
+    Args:
+        sock_fd: the socket; owned from here on.
+        page_fd: the worker's page; mapped and closed.
+    """
+
+    def __init__(self, sock_fd: int, page_fd: int) -> None:
+        self.sock = socket.socket(fileno=sock_fd)
+        self.sock.setblocking(True)
+        self.reader = MessageReader()
+        self._page = mmap.mmap(page_fd, messages.PAGE_SIZE, prot=mmap.PROT_READ)
+        os.close(page_fd)
+        self._poll = select.poll()
+        self._poll.register(sock_fd, select.POLLIN)
+        self.in_use = False
+
+    def exchange(self, pieces: list[bytes | memoryview], deadline: float | None) -> Message:
+        """Send a request and return its answer.
+
+        Args:
+            pieces: the message.
+            deadline: until when, on the monotonic clock; None for ever.
+
+        Raises:
+            TimedOut: the answer was not there in time; the channel is of no more use.
+            ChannelBroken: the worker is gone.
+        """
+        sock, reader = self.sock, self.reader
+        try:
+            if deadline is None:
+                messages.send_all(sock, pieces)
+            else:
+                self._send_until(pieces, deadline)
+            while True:
+                if deadline is not None:
+                    if not self._poll.poll(left_ms(deadline)):
+                        raise TimedOut
+                count = sock.recv_into(reader.want())
+                if not count:
+                    raise ChannelBroken
+                reader.received(count)
+                message = reader.pop()
+                if message is not None:
+                    return message
+        except TimeoutError:
+            raise TimedOut from None
+        except OSError:
+            raise ChannelBroken from None
+
+    def _send_until(self, pieces: list[bytes | memoryview], deadline: float) -> None:
+        """Send to a worker that may not read: each write waits for room until the deadline."""
+        self.sock.settimeout(max(0.0, deadline - time.monotonic()) or 1e-6)
+        try:
+            messages.send_all(self.sock, pieces)
+        finally:
+            self.sock.settimeout(None)
+
+    def tell(self, pieces: list[bytes | memoryview]) -> None:
+        """Send a message that has no answer, if the worker is there to take it."""
+        try:
+            messages.send_all(self.sock, pieces)
+        except OSError:
+            return  # it died: there is nothing left to release
+
+    def began(self, lease: int, number: int) -> bool:
+        """Whether the worker had begun this call, also after its death."""
+        token, _ = messages.PAGE.unpack_from(self._page)
+        return bool(token == messages.started_token(lease, number))
+
+    def dead(self) -> bool:
+        """Whether the worker's end is closed (nothing is ever sent to an idle client)."""
+        return bool(self._poll.poll(0))
+
+    def hang_up(self) -> None:
+        """End an exchange that another thread is in; that thread then closes the channel."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close this process's copies."""
+        self.sock.close()
+        self._page.close()

@@ -1,0 +1,661 @@
+"""The non-blocking driver: many calls in flight from one place, no thread per call.
+
+    submit, map  --Task-->  Engine  --CHECKOUT...-->  manager
+    asyncio                   |     <--GRANT--------
+                              |=====calls, answers=====  workers
+
+An engine owns a control connection, a channel to each worker it met, and an epoll over them. It
+never blocks: whoever drives it waits on `fileno()` until it is readable or `next_deadline()` is due,
+and calls `pump()`. `Threaded` drives one in a thread of its own; asyncio drives one by `add_reader`.
+
+Guarantees: jobs queue here and ask for workers first come, first served among all who ask the
+manager; a worker's death fails the call that it had begun, and what it had not begun is sent to
+another worker; a cancelled or late call has its worker killed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from whitepool_mp.client.channel import Channel
+from whitepool_mp.client.link import Handshake, LinkBroken, dial
+from whitepool_mp.client.member import Member, refusal, worker_died
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.errors import (
+    CallTimeout,
+    PoolClosed,
+    ProtocolError,
+    WhitepoolError,
+    WorkerDied,
+)
+from whitepool_mp.wire import frames, messages
+
+MAX_TICKETS = 256
+"""How many checkouts the queued jobs of an engine ask for at once."""
+MAX_DEATHS = 3
+"""How many workers may die before they began a call, until the call is given up."""
+
+Done = Callable[[Any], None]
+"""Called once with the result, or with an exception object."""
+
+
+class EngineLease:
+    """A worker leased by an engine."""
+
+    __slots__ = ("channel", "ended", "id", "kept", "number", "pid", "slot", "task", "worker")
+
+    def __init__(self, grant: frames.Grant, kept: bool) -> None:
+        self.id = grant.lease
+        self.worker = grant.worker
+        self.pid = grant.pid
+        self.slot = grant.slot
+        self.kept = kept  # its holder checks it in; otherwise it goes back after its task
+        self.number = 0
+        self.channel: EngineChannel | None = None
+        self.task: Task | None = None
+        self.ended: str | None = None
+
+
+class EngineChannel(Channel):
+    """A direct channel that is written to as far as the worker reads."""
+
+    def __init__(self, sock_fd: int, page_fd: int) -> None:
+        super().__init__(sock_fd, page_fd)
+        self.sock.setblocking(False)
+        self.unsent: list[memoryview] = []
+        self.lease: EngineLease | None = None
+
+    def push(self) -> bool:
+        """Write what goes; whether all is written."""
+        unsent = self.unsent
+        while unsent:
+            try:
+                messages.drop_sent(unsent, self.sock.sendmsg(unsent[:512]))
+            except BlockingIOError:
+                return False
+            except OSError:
+                unsent.clear()  # it is dead: reading finds out
+        return True
+
+
+class Engine:
+    """See the module's text. Everything but `post` is for the driver's thread alone.
+
+    Args:
+        path, key, token: how to join.
+        member: the membership, for its errors; weak, so that an idle engine keeps no pool alive.
+    """
+
+    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
+        self._member = member
+        self._sock = dial(path)
+        self._sock.setblocking(False)
+        self._handshake: Handshake | None = Handshake(key, token)
+        self._decoder = frames.FrameDecoder()
+        self._fds: deque[int] = deque()
+        self._outbox = bytearray()
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._epoll.register(self._sock.fileno(), select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, Callable[[bytes], None]] = {}
+        self._pending: deque[Task] = deque()
+        self._tickets: set[int] = set()
+        self._site = ""
+        self._channels: dict[int, EngineChannel] = {}
+        self._by_fd: dict[int, EngineChannel] = {}
+        self._deadlines: list[tuple[float, int, EngineLease, int]] = []
+        self._order = itertools.count()
+        self.running = 0
+        self.broken: WhitepoolError | None = None
+
+    # --- for the driver -------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Readable when there is something to `pump`."""
+        return self._epoll.fileno()
+
+    def post(self, function: Callable[..., None], *args: Any) -> None:
+        """Have the driver's thread call `function(*args)` soon; from any thread."""
+        self._posted.append((function, args))
+        try:
+            os.eventfd_write(self._wake, 1)
+        except OSError:
+            return  # closed: nobody waits for it any more
+
+    def next_deadline(self) -> float | None:
+        """When `pump` must be called at the latest, on the monotonic clock."""
+        while self._deadlines:
+            when, _, lease, number = self._deadlines[0]
+            if lease.ended is None and lease.task is not None and lease.number == number:
+                return when
+            heapq.heappop(self._deadlines)
+        return None
+
+    def pump(self, timeout: float = 0.0) -> None:
+        """Deal with everything that is ready, waiting at most `timeout` seconds (-1: for ever)."""
+        for fd, events in self._epoll.poll(min(timeout, 2_000_000.0)):
+            if fd == self._wake:
+                self._run_posted()
+            elif self._sock.fileno() == fd:
+                if events & ~select.EPOLLOUT:
+                    self._hear_manager()
+            elif (channel := self._by_fd.get(fd)) is not None:
+                if events & select.EPOLLOUT and channel.push():
+                    self._epoll.modify(fd, select.EPOLLIN)
+                if events & ~select.EPOLLOUT:
+                    self._hear_worker(channel)
+        now = time.monotonic()
+        while (when := self.next_deadline()) is not None and when <= now:
+            lease = heapq.heappop(self._deadlines)[2]
+            self._late(lease)
+        self._flush()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job is queued or running."""
+        return not self._pending and not self.running and not self._posted
+
+    def close(self) -> None:
+        """Let go of everything; what has not ended fails with `PoolClosed`."""
+        if self.broken is None:
+            self._break(self._gone())
+        self.discard()
+
+    def discard(self) -> None:
+        """Close this process's descriptors, and nothing else."""
+        self._sock.close()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._by_fd.clear()
+        if self._wake >= 0:
+            self._epoll.close()
+            os.close(self._wake)
+            self._wake = -1
+
+    # --- requests to the manager ----------------------------------------------------------
+
+    def request(self, kind: int, done: Done) -> None:
+        """A request without fields; `done` gets its JSON answer."""
+        number = next(self._numbers)
+        self._ask(number, frames.request(kind, number), lambda body: done(frames.read_reply(body)), done)
+
+    def resize(self, pool_size: int, max_overflow: int, done: Done) -> None:
+        """Ask for other sizes."""
+        number = next(self._numbers)
+        data = frames.resize(number, pool_size, max_overflow)
+        self._ask(number, data, lambda body: done(frames.read_reply(body)), done)
+
+    def checkout(self, block: bool, deadline: float | None, site: str, done: Done) -> int:
+        """Ask for a worker; `done` gets an `EngineLease`, a `Refused` or an exception.
+
+        Returns:
+            The ticket, for `cancel_checkout`.
+        """
+        number = next(self._numbers)
+
+        def answer(body: bytes) -> None:
+            if body[0] == frames.GRANT:
+                done(EngineLease(frames.read_grant(body), kept=True))
+            else:
+                done(frames.read_refused(body))
+
+        self._ask(number, frames.checkout(number, block, deadline, site), answer, done)
+        return number
+
+    def cancel_checkout(self, ticket: int, done: Done | None) -> None:
+        """Give a checkout up: `done` gets the `Refused` that answers it; a grant under way is void."""
+
+        def answer(body: bytes) -> None:
+            if body[0] == frames.GRANT:
+                self._replies[ticket] = answer  # it crossed the cancel; the refusal follows
+            elif done is not None:
+                done(frames.read_refused(body))
+
+        if self.broken is None:
+            self._replies[ticket] = answer
+            self._say(frames.request(frames.CANCEL, ticket))
+
+    def checkin(self, lease: EngineLease) -> None:
+        """Give a worker back."""
+        if lease.ended is None:
+            lease.ended = "checked in"
+            if lease.channel is not None:
+                lease.channel.lease = None
+            self._say(frames.checkin(lease.id))
+
+    def destroy(self, lease: EngineLease, reason: str) -> None:
+        """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
+        if lease.ended is None:
+            lease.ended = f"destroyed ({reason})"
+            self._drop(lease)
+            self._say(frames.destroy(lease.id, reason))
+
+    def _ask(self, number: int, data: bytes, answer: Callable[[bytes], None], done: Done) -> None:
+        if self.broken is not None:
+            done(self.broken)
+            return
+
+        def heard(body: bytes) -> None:
+            if not body:
+                assert self.broken is not None
+                done(self.broken)
+            else:
+                answer(body)
+
+        self._replies[number] = heard
+        self._say(data)
+
+    def _say(self, data: bytes) -> None:
+        self._outbox += data
+
+    def flush(self) -> None:
+        """Send what was asked for outside `pump`."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self._outbox or self._handshake is not None or self.broken is not None:
+            return
+        try:
+            sent = self._sock.send(self._outbox)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # reading finds out
+        del self._outbox[:sent]
+        events = select.EPOLLIN | (select.EPOLLOUT if self._outbox else 0)
+        if self._outbox or sent == 0:
+            self._epoll.modify(self._sock.fileno(), events)
+
+    def _run_posted(self) -> None:
+        os.eventfd_read(self._wake)
+        while self._posted:
+            function, args = self._posted.popleft()
+            function(*args)
+
+    # --- from the manager -----------------------------------------------------------------
+
+    def _hear_manager(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, fds = b"", []
+        self._fds.extend(fds)
+        if not data:
+            self._break(self._gone())
+            return
+        for body in self._decoder.feed(data):
+            if self._handshake is not None:
+                try:
+                    answer = self._handshake.hear(body)
+                except WhitepoolError as error:
+                    self._break(error)
+                    return
+                if answer is not None:
+                    self._sock.send(answer)
+                if self._handshake.done:
+                    self._handshake = None
+                continue
+            heard = self._replies.pop(frames.read_request(body), None)
+            if heard is not None:
+                heard(body)
+            elif body[0] == frames.CHANNEL and frames.read_channel(body):
+                raise ProtocolError("a channel that nobody asked for")
+        if not self._outbox:
+            self._epoll.modify(self._sock.fileno(), select.EPOLLIN)
+
+    def _gone(self) -> WhitepoolError:
+        member = self._member()
+        return member.gone() if member is not None else PoolClosed("the pool was shut down")
+
+    def _break(self, error: WhitepoolError) -> None:
+        """The manager is gone: everything that waits for it, or for its workers, ends."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        if self._sock.fileno() >= 0:
+            self._epoll.unregister(self._sock.fileno())
+        replies, self._replies = self._replies, {}
+        for heard in replies.values():
+            heard(b"")
+        for channel in list(self._channels.values()):
+            lease = channel.lease
+            if lease is not None:
+                lease.ended = "lost (the manager is gone)"
+                task, lease.task = lease.task, None
+                if task is not None:
+                    self.running -= 1
+                    self._fail_all(task, error)
+        while self._pending:
+            self._fail_all(self._pending.popleft(), error)
+
+    def _fail_all(self, task: Task, error: BaseException) -> None:
+        while task.left:
+            index = task.first + task.at
+            task.at += 1
+            task.sink.failed(task, index, error)
+
+    # --- jobs -----------------------------------------------------------------------------
+
+    def submit(self, task: Task, site: str = "") -> None:
+        """Queue a task for whichever worker becomes free."""
+        if self.broken is not None:
+            self._fail_all(task, self.broken)
+            return
+        self._site = site or self._site
+        self._pending.append(task)
+        self._want()
+
+    def _want(self) -> None:
+        """Ask for as many workers as the queued jobs could use."""
+        missing = min(len(self._pending), MAX_TICKETS) - len(self._tickets)
+        for _ in range(missing):
+            number = next(self._numbers)
+            self._tickets.add(number)
+            self._replies[number] = self._heard_ticket
+            self._say(frames.checkout(number, True, None, self._site))
+
+    def _heard_ticket(self, body: bytes) -> None:
+        if not body:
+            return  # the manager is gone, and `_break` ends the jobs
+        self._tickets.discard(frames.read_request(body))
+        if body[0] == frames.GRANT:
+            lease = EngineLease(frames.read_grant(body), kept=False)
+            task = self._next_task()
+            if task is None:
+                self.checkin(lease)
+            else:
+                self.start(task, lease)
+            return
+        refused = frames.read_refused(body)
+        member = self._member()
+        error = (
+            refusal(refused, member.name, None, None)
+            if member is not None
+            else PoolClosed("the pool was shut down")
+        )
+        # One refusal ends one job; the others ask on their own behalf.
+        task = self._next_task()
+        if task is not None:
+            self._fail_all(task, error)
+        self._want()
+
+    def _next_task(self) -> Task | None:
+        while self._pending:
+            task = self._pending.popleft()
+            if not task.cancelled and (task.at or task.deaths or task.sink.began(task)):
+                return task
+        return None
+
+    def start(self, task: Task, lease: EngineLease) -> None:
+        """Send a task to a leased worker."""
+        self.running += 1
+        lease.task = task
+        task.runner = lease
+        channel = self._channels.get(lease.worker)
+        if channel is not None:
+            self._send(lease, channel)
+            return
+        number = next(self._numbers)
+        self._replies[number] = lambda body: self._heard_channel(lease, body)
+        self._say(frames.request_lease(frames.OPEN, number, lease.id))
+
+    def _heard_channel(self, lease: EngineLease, body: bytes) -> None:
+        if not body:
+            task, lease.task = lease.task, None
+            if task is not None:
+                self.running -= 1
+                assert self.broken is not None
+                self._fail_all(task, self.broken)
+            return
+        if not frames.read_channel(body):
+            if lease.ended is None:
+                self._lost(lease)
+            return
+        self._forget_dead()
+        channel = EngineChannel(self._fds.popleft(), self._fds.popleft())
+        self._channels[lease.worker] = channel
+        fd = channel.sock.fileno()
+        self._by_fd[fd] = channel
+        self._epoll.register(fd, select.EPOLLIN)
+        if lease.ended is None:
+            self._send(lease, channel)
+        else:
+            self._close_channel(lease.worker)
+
+    def _forget_dead(self) -> None:
+        for worker, channel in list(self._channels.items()):
+            if channel.lease is None and channel.dead():
+                self._close_channel(worker)
+
+    def _send(self, lease: EngineLease, channel: EngineChannel) -> None:
+        task = lease.task
+        assert task is not None
+        lease.channel, channel.lease = channel, lease
+        number = lease.number + 1
+        lease.number = number
+        pieces = task.pieces(number, lease.id)
+        channel.unsent = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        if not channel.push():
+            self._epoll.modify(channel.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        self._set_deadline(lease, task)
+
+    def _set_deadline(self, lease: EngineLease, task: Task) -> None:
+        if task.timeout is not None:
+            due = time.monotonic() + task.timeout
+            heapq.heappush(self._deadlines, (due, next(self._order), lease, lease.number))
+
+    # --- from the workers -----------------------------------------------------------------
+
+    def _hear_worker(self, channel: EngineChannel) -> None:
+        reader = channel.reader
+        try:
+            count = channel.sock.recv_into(reader.want())
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        lease = channel.lease
+        if not count:
+            if lease is None:
+                fd = channel.sock.fileno()
+                worker = next(key for key, value in self._channels.items() if value is channel)
+                assert fd in self._by_fd
+                self._close_channel(worker)
+            else:
+                self._lost(lease)
+            return
+        reader.received(count)
+        while (message := reader.pop()) is not None:
+            task = lease.task if lease is not None else None
+            if lease is None or task is None or message.number != lease.number:
+                continue  # the answer of a call that was given up
+            index = task.first + task.at
+            task.at += 1
+            if task.left:
+                lease.number += 1
+                self._set_deadline(lease, task)
+                task.sink.answered(task, index, message)
+                continue
+            lease.task = None
+            self.running -= 1
+            if not lease.kept:
+                self.checkin(lease)
+            task.sink.answered(task, index, message)
+
+    def _lost(self, lease: EngineLease) -> None:
+        """A worker is gone: find out why for the call it had begun, move the others on."""
+        task, lease.task = lease.task, None
+        channel = lease.channel
+        lease.ended = "lost (its worker died)"
+        if task is None:
+            self._drop(lease)
+            return
+        self.running -= 1
+        began = channel is not None and channel.began(lease.id, lease.number)
+        self._drop(lease)
+        if not began:
+            task.deaths += 1
+            if task.deaths < MAX_DEATHS and not lease.kept:
+                self._requeue(task)
+                return
+        index = task.first + task.at
+        task.at += 1
+        task.deaths = 0
+        self.running += 1  # until its end is known
+        number = next(self._numbers)
+
+        def told(body: bytes) -> None:
+            self.running -= 1
+            if not body:
+                assert self.broken is not None
+                task.sink.failed(task, index, self.broken)
+                return
+            member = self._member()
+            name = member.name if member is not None else ""
+            answer = frames.read_reply(body)
+            error: WorkerDied = worker_died(name, lease.slot, lease.pid, task.name, began, answer)
+            task.sink.failed(task, index, error)
+
+        self._replies[number] = told
+        self._say(frames.request_lease(frames.WHY, number, lease.id))
+        self._requeue(task)
+
+    def _requeue(self, task: Task) -> None:
+        rest = task.rest()
+        if rest is not None and not rest.cancelled:
+            self._pending.appendleft(rest)
+            self._want()
+
+    def _late(self, lease: EngineLease) -> None:
+        task, lease.task = lease.task, None
+        assert task is not None and task.timeout is not None
+        self.running -= 1
+        self.destroy(lease, f"a call took longer than {task.timeout:g} s")
+        index = task.first + task.at
+        task.at += 1
+        task.sink.failed(
+            task,
+            index,
+            CallTimeout(
+                f"{task.name} took longer than {task.timeout:g} s in worker {lease.slot} (pid "
+                f"{lease.pid}); the worker was killed and is being replaced"
+            ),
+        )
+        self._requeue(task)
+
+    def cancel(self, task: Task) -> None:
+        """Nobody wants a task any more: take it off the queue, or kill the worker that runs it."""
+        task.cancelled = True
+        lease = task.runner
+        if lease is not None and lease.task is task:
+            lease.task = None
+            self.running -= 1
+            self.destroy(lease, "its call was cancelled")
+
+    def _drop(self, lease: EngineLease) -> None:
+        channel, lease.channel = lease.channel, None
+        if channel is not None:
+            channel.lease = None
+            self._close_channel(lease.worker)
+
+    def _close_channel(self, worker: int) -> None:
+        channel = self._channels.pop(worker, None)
+        if channel is not None:
+            fd = channel.sock.fileno()
+            self._epoll.unregister(fd)
+            del self._by_fd[fd]
+            channel.close()
+
+
+# --- the threaded driver ----------------------------------------------------------------------
+
+class Threaded:
+    """An engine with a daemon thread that drives it."""
+
+    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
+        try:
+            self.engine = Engine(path, key, token, member)
+        except LinkBroken:
+            present = member()
+            raise (present.gone() if present else PoolClosed("the pool was shut down")) from None
+        self.stopped = False
+        self._idle = threading.Condition()
+        self._waiters = 0
+        self._thread = threading.Thread(target=self._drive, name="whitepool-engine", daemon=True)
+        self._thread.start()
+        owner = member()
+        if owner is not None:
+            weakref.finalize(owner, self.stop).atexit = False
+
+    def _drive(self) -> None:
+        engine = self.engine
+        try:
+            while not self.stopped:
+                due = engine.next_deadline()
+                engine.pump(-1 if due is None else max(0.0, due - time.monotonic()))
+                if self._waiters and engine.idle:
+                    with self._idle:
+                        self._idle.notify_all()
+        finally:
+            self.stopped = True
+            engine.close()
+            with self._idle:
+                self._idle.notify_all()
+
+    def submit(self, task: Task, site: str = "") -> None:
+        """Queue a task."""
+        if self.stopped:
+            raise PoolClosed("the pool was shut down")
+        self.engine.post(self.engine.submit, task, site)
+
+    def cancel(self, task: Task) -> None:
+        """Give a task up."""
+        self.engine.post(self.engine.cancel, task)
+
+    def inside(self) -> bool:
+        """Whether the calling code runs in the engine's thread (a future's callback)."""
+        return threading.current_thread() is self._thread
+
+    def wait_idle(self, deadline: float | None = None) -> bool:
+        """Wait until no job is queued or running; whether that came to be."""
+        with self._idle:
+            self._waiters += 1
+            try:
+                while not self.stopped and not self.engine.idle:
+                    self.engine.post(int)  # it looks at the waiters after each round
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    self._idle.wait(left)
+                return True
+            finally:
+                self._waiters -= 1
+
+    def stop(self) -> None:
+        """End the thread; what has not ended fails with `PoolClosed`."""
+        self.stopped = True
+        self.engine.post(int)
+        if not self.inside() and self._thread.is_alive():
+            self._thread.join()
+
+    def forked(self) -> None:
+        """In a forked child, where the thread is not."""
+        self.stopped = True
+        self.engine.discard()
+

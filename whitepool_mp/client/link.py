@@ -1,0 +1,219 @@
+"""A control connection to the manager, driven by the thread that waits on it.
+
+Every request has a number and its answer carries it, so an answer to a request that was given up
+(timed out, interrupted) is known by its number when it comes late, and is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from typing import Any
+
+from whitepool_mp.errors import AuthenticationFailed, ProtocolError
+from whitepool_mp.wire import auth, frames
+
+CONNECT_SECONDS = 30.0
+"""How long the manager may take to answer a new connection (it may still be starting)."""
+
+_LONGEST_POLL = 2**31 - 1
+
+
+class LinkBroken(Exception):
+    """The manager closed the connection, or is gone. Internal: callers find out which."""
+
+
+class TimedOut(Exception):
+    """The answer did not come in time. Internal."""
+
+
+def dial(path: str) -> socket.socket:
+    """A connected, not yet proven, socket.
+
+    Raises:
+        LinkBroken: nobody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CONNECT_SECONDS)
+        sock.connect(path)
+        sock.settimeout(None)
+    except OSError as error:
+        sock.close()
+        raise LinkBroken(str(error)) from None
+    return sock
+
+
+def left_ms(deadline: float) -> int:
+    """What is left until a deadline on the monotonic clock, in the form that poll() takes."""
+    return min(max(0, math.ceil((deadline - time.monotonic()) * 1000)), _LONGEST_POLL)
+
+
+class Handshake:
+    """The client's part of joining, without I/O: feed it frames, send what it returns.
+
+    Args:
+        key: the pool's key.
+        member: 16 bytes that all connections of this process's membership have in common; what one
+            of them was granted, each may use.
+    """
+
+    def __init__(self, key: bytes, member: bytes) -> None:
+        self._key = key
+        self._member = member
+        self._nonce = os.urandom(frames.NONCE_BYTES)
+        self._expected: bytes | None = None
+        self.done = False
+
+    def hear(self, body: bytes) -> bytes | None:
+        """Deal with a frame of the manager's; what to send in answer, if anything.
+
+        Raises:
+            AuthenticationFailed: one side does not have the key.
+            ProtocolError: the peer is no manager.
+        """
+        if self._expected is None and body[0] == frames.CHALLENGE:
+            challenge = frames.read_nonce(body)
+            self._expected = auth.server_proof(self._key, challenge, self._nonce)
+            proof = auth.client_proof(self._key, challenge, self._nonce)
+            thread = threading.current_thread().name
+            return frames.auth(self._nonce, proof, self._member, os.getpid(), thread)
+        if body[0] == frames.DENIED:
+            raise AuthenticationFailed("the pool refused this session's key")
+        if body[0] != frames.WELCOME or self._expected is None:
+            raise ProtocolError(f"the peer sent a frame of kind {body[0]} while joining")
+        if not auth.same(self._expected, frames.read_nonce(body)):
+            raise AuthenticationFailed("the process that listens there does not have the pool's key")
+        self.done = True
+        return None
+
+
+class Link:
+    """One proven control connection, for one thread at a time.
+
+    Sending a checkin or a destroy is allowed from any thread.
+    """
+
+    def __init__(self, path: str, key: bytes, member: bytes) -> None:
+        self._sock = dial(path)
+        self._decoder = frames.FrameDecoder()
+        self._inbox: deque[bytes] = deque()
+        self._fds: deque[int] = deque()
+        self._expect_fds = False
+        self._number = 0
+        # Reentrant: a lease that is collected while its own thread is sending checks itself in.
+        self._send_lock = threading.RLock()
+        self._poll = select.poll()
+        self._poll.register(self._sock.fileno(), select.POLLIN)
+        self.broken = False
+        self.leases: dict[int, weakref.ref[Any]] = {}
+        try:
+            handshake = Handshake(key, member)
+            deadline = time.monotonic() + CONNECT_SECONDS
+            while not handshake.done:
+                answer = handshake.hear(self._receive(deadline))
+                if answer is not None:
+                    self._sock.sendall(answer)
+        except TimedOut:
+            self.close()
+            raise LinkBroken(f"the manager did not answer within {CONNECT_SECONDS:g} s") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, data: bytes) -> None:
+        """Send a frame that has no answer.
+
+        Raises:
+            LinkBroken: the manager is gone.
+        """
+        try:
+            with self._send_lock:
+                self._sock.sendall(data)
+        except OSError as error:
+            self.broken = True
+            raise LinkBroken(str(error)) from None
+
+    def next_number(self) -> int:
+        """The number of the next request."""
+        self._number = self._number % 0xFFFF_FFFF + 1
+        return self._number
+
+    def wait(self, number: int, deadline: float | None) -> bytes:
+        """The body of the answer to request `number`.
+
+        Args:
+            number: which request.
+            deadline: until when to wait, on the monotonic clock; None for ever.
+
+        Raises:
+            TimedOut: it did not come in time.
+            LinkBroken: the manager is gone.
+        """
+        while True:
+            body = self._receive(deadline)
+            if body[0] == frames.CHANNEL and frames.read_channel(body):
+                fds = (self._fds.popleft(), self._fds.popleft())
+                if frames.read_request(body) == number:
+                    self._fds.extendleft(reversed(fds))
+                    return body
+                for fd in fds:
+                    os.close(fd)
+            elif frames.read_request(body) == number:
+                return body
+
+    def open(self, lease: int, deadline: float | None) -> tuple[int, int] | None:
+        """Ask for a channel to a leased worker: the socket's and the page's descriptors, or None."""
+        number = self.next_number()
+        self._expect_fds = True  # and from now on: this may be interrupted before they come
+        self.send(frames.request_lease(frames.OPEN, number, lease))
+        body = self.wait(number, deadline)
+        if not frames.read_channel(body):
+            return None
+        return self._fds.popleft(), self._fds.popleft()
+
+    def why(self, lease: int, deadline: float | None) -> Any:
+        """Ask how the worker of a lease ended, its channel being broken; None if nobody knows."""
+        number = self.next_number()
+        self.send(frames.request_lease(frames.WHY, number, lease))
+        return frames.read_reply(self.wait(number, deadline))
+
+    def ask(self, kind: int, deadline: float | None = None) -> Any:
+        """Send a request without fields and return its JSON answer."""
+        number = self.next_number()
+        self.send(frames.request(kind, number))
+        return frames.read_reply(self.wait(number, deadline))
+
+    def close(self) -> None:
+        """Close this process's copy of the socket."""
+        self.broken = True
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+
+    def _receive(self, deadline: float | None) -> bytes:
+        inbox = self._inbox
+        while not inbox:
+            if deadline is not None:
+                if not self._poll.poll(left_ms(deadline)):
+                    raise TimedOut
+            try:
+                if self._expect_fds:
+                    data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)
+                    self._fds.extend(fds)
+                else:
+                    data = self._sock.recv(65536)
+            except OSError as error:
+                self.broken = True
+                raise LinkBroken(str(error)) from None
+            if not data:
+                self.broken = True
+                raise LinkBroken("the manager closed the connection")
+            inbox.extend(self._decoder.feed(data))
+        return inbox.popleft()

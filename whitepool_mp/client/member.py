@@ -1,0 +1,306 @@
+"""A process's membership of a pool: what all its sessions, leases and threads share.
+
+    Session, Lease, ... --> Member --has--> a Link for each thread that talks to the manager
+                                   --has--> a Channel for each worker met
+                                   --may have--> an Engine (submit, map) and, in the owner, an Owner
+
+A channel belongs to the process, not to a thread: a lease is exclusive, so whoever holds it has the
+worker's channel to themselves, and 500 threads need no 500 channels to every worker.
+
+After `os.fork` the child closes its copies of everything and joins anew when it first needs to: the
+parent's end-of-file still comes, and no byte of the parent's is read by the child.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from whitepool_mp.client.channel import Channel
+from whitepool_mp.client.link import Link, LinkBroken
+from whitepool_mp.errors import (
+    CheckoutTimeout,
+    FactoryFailed,
+    LeaseError,
+    ManagerDied,
+    PoolClosed,
+    PoolFull,
+    WhitepoolError,
+    WorkerDied,
+)
+from whitepool_mp.wire import frames
+
+if TYPE_CHECKING:
+    from whitepool_mp.client.engine import Threaded
+    from whitepool_mp.client.owner import Owner
+
+Ticket = tuple[str, str, str, bytes, bool, int]
+"""What makes a session in another process: pool id, name, path, key, has a factory, capacity."""
+
+_members: weakref.WeakValueDictionary[str, Member] = weakref.WeakValueDictionary()
+
+
+class Member:
+    """This process's part in one pool.
+
+    Args:
+        ticket: where the pool is and how to join.
+        owner: in the process that made the pool, its manager.
+    """
+
+    def __init__(self, ticket: Ticket, owner: Owner | None = None) -> None:
+        self.ticket = ticket
+        self.pool_id, self.name, self.path, self._key, self.has_factory, self.capacity = ticket
+        self.owner = owner
+        self.closed = False
+        self.draining = False
+        self._reset()
+        if owner is not None:
+            self._end = weakref.finalize(self, _collected, owner, self.name)
+            self._end.atexit = False
+        _members[self.pool_id] = self
+
+    @classmethod
+    def join(cls, ticket: Ticket) -> Member:
+        """The member that this process already is, or a new one."""
+        return _members.get(ticket[0]) or cls(ticket)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._token = os.urandom(frames.MEMBER_BYTES)
+        self._local = threading.local()
+        self._free: list[Link] = []
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._channels: dict[int, Channel] = {}
+        self._threaded: Threaded | None = None
+
+    # --- links ----------------------------------------------------------------------------
+
+    def link(self) -> Link:
+        """This thread's control connection.
+
+        Raises:
+            PoolClosed: the pool was shut down.
+            ManagerDied: its manager is gone.
+        """
+        holder: _Holder | None = getattr(self._local, "holder", None)
+        if holder is not None and not holder.link.broken:
+            return holder.link
+        with self._lock:
+            link = self._free.pop() if self._free else None
+        if link is None or link.broken:
+            if self.closed:
+                raise self.gone()
+            try:
+                link = Link(self.path, self._key, self._token)
+            except LinkBroken:
+                raise self.gone() from None
+            self._links.add(link)
+        self._local.holder = _Holder(link, self._free)
+        return link
+
+    def gone(self) -> WhitepoolError:
+        """The error that says why the manager does not answer."""
+        title = f"pool {self.name!r}"
+        if self.owner is not None and not self.closed and self.owner.wait(1.0):
+            code = self.owner.exitcode
+            if code:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                return ManagerDied(
+                    f"the manager of {title} (pid {self.owner.manager}) died with {how}: the pool is "
+                    "gone and its workers with it; make a new one"
+                )
+        if not self.closed and os.path.exists(self.path):
+            return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")
+        return PoolClosed(f"{title} was shut down: no worker can be had from it; make a new pool")
+
+    def closing(self) -> WhitepoolError:
+        """The error for a checkout after a shutdown was begun here."""
+        if self.closed:
+            return self.gone()
+        return PoolClosed(f"pool {self.name!r} is shutting down: it takes no new checkouts")
+
+    def return_forgotten(self) -> None:
+        """Check in what this thread still holds, idle, when it leaves the pool's `with` block."""
+        holder: _Holder | None = getattr(self._local, "holder", None)
+        for reference in list(holder.link.leases.values()) if holder is not None else ():
+            lease = reference()
+            if lease is not None and lease.forget():
+                warnings.warn(
+                    f"lease {lease.id} of pool {self.name!r} was still checked out at the end of "
+                    "the pool's with block; it is checked in now",
+                    ResourceWarning,
+                    stacklevel=4,
+                )
+
+    # --- channels -------------------------------------------------------------------------
+
+    def channel(self, worker: int, lease: int, deadline: float | None) -> Channel:
+        """The channel to a leased worker, made on the first meeting.
+
+        Raises:
+            LeaseError: the manager knows of no such lease (its worker died).
+            LinkBroken, TimedOut: as for any request.
+        """
+        channel = self._channels.get(worker)
+        if channel is None:
+            fds = self.link().open(lease, deadline)
+            if fds is None:
+                raise LeaseError(f"lease {lease} has no worker")
+            channel = Channel(*fds)
+            with self._lock:
+                dead = [
+                    key
+                    for key, old in self._channels.items()
+                    if not old.in_use and old.dead()
+                ]
+                for key in dead:
+                    self._channels.pop(key).close()
+                self._channels[worker] = channel
+        channel.in_use = True
+        return channel
+
+    def drop_channel(self, worker: int) -> None:
+        """Close the channel to a worker that is dead or was given up."""
+        with self._lock:
+            channel = self._channels.pop(worker, None)
+        if channel is not None:
+            channel.close()
+
+    # --- the engine -----------------------------------------------------------------------
+
+    def threaded(self) -> Threaded:
+        """The engine behind `submit` and `map`, started when it is first wanted."""
+        with self._lock:
+            if self._threaded is None or self._threaded.stopped:
+                if self.closed:
+                    raise self.gone()
+                from whitepool_mp.client.engine import Threaded
+
+                self._threaded = Threaded(self.path, self._key, self._token, weakref.ref(self))
+            return self._threaded
+
+    def running_engine(self) -> Threaded | None:
+        """The engine, if there is one."""
+        return self._threaded
+
+    # --- the end --------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The pool has ended: let go of everything here."""
+        self.closed = True
+        if self._threaded is not None:
+            self._threaded.stop()
+        if self.owner is not None:
+            self._end.detach()
+            self.owner.end()
+        with self._lock:
+            for channel in self._channels.values():
+                if not channel.in_use:
+                    channel.close()
+            self._channels.clear()
+            for link in list(self._links):
+                link.broken = True
+            self._free.clear()
+
+    def forked(self) -> None:
+        """In a forked child: close the copies and start from nothing."""
+        for link in list(self._links):
+            link.close()
+        for channel in self._channels.values():
+            channel.close()
+        if self._threaded is not None:
+            self._threaded.forked()
+        if self.owner is not None:
+            self._end.detach()
+            self.owner.forked()
+            self.owner = None
+        self._reset()
+
+
+class _Holder:
+    """A thread's hold on its link: when the thread ends, the link is free for another thread.
+
+    Leases keep their own reference to the link, so one that outlives its thread stays valid.
+    """
+
+    __slots__ = ("_free", "link")
+
+    def __init__(self, link: Link, free: list[Link]) -> None:
+        self.link = link
+        self._free = free
+
+    def __del__(self) -> None:
+        if not self.link.broken:
+            self._free.append(self.link)
+
+
+def worker_died(
+    name: str, slot: int, pid: int, running: str | None, started: bool, told: dict[str, Any] | None
+) -> WorkerDied:
+    """The error for a worker's death, from what the manager told of it."""
+    told = told or {}
+    return WorkerDied(
+        pool=name,
+        pid=told.get("pid") or pid,
+        slot=slot,
+        exitcode=told.get("exitcode"),
+        age=told.get("age"),
+        peak_rss=told.get("peak_rss"),
+        running=running,
+        started=started,
+        stack=told.get("stack"),
+        reason=told.get("reason"),
+    )
+
+
+def refusal(
+    refused: frames.Refused, name: str, seconds: float | None, block: bool | None
+) -> WhitepoolError:
+    """The exception for a refused checkout."""
+    title, detail = f"pool {name!r}", refused.detail
+    if refused.why == "full":
+        return PoolFull(f"{title} is full: {detail}; wait (block=True), or raise max_overflow")
+    if refused.why == "closed":
+        return PoolClosed(f"{title} is shutting down: it takes no new checkouts")
+    if refused.why == "factory_failed":
+        last = detail.strip().splitlines()[-1] if detail.strip() else "no reason given"
+        return FactoryFailed(f"no worker of {title} could start: {last}", detail)
+    waited = "" if seconds is None else f" within {seconds:g} s"
+    return CheckoutTimeout(
+        f"no worker of {title} became free{waited}: {detail}; hold leases for less long, or raise "
+        "pool_size, max_overflow or the timeout"
+    )
+
+
+def _collected(owner: Owner, name: str) -> None:
+    """The last session went out of use and nobody shut the pool down."""
+    warnings.warn(
+        f"pool {name!r} was never shut down; it is ended now", ResourceWarning, stacklevel=2
+    )
+    owner.end()
+
+
+def _at_exit() -> None:
+    """At interpreter exit: finish what was submitted (as concurrent.futures does), end our pools."""
+    members = list(_members.values())
+    for member in members:
+        engine = member.running_engine()
+        if engine is not None:
+            engine.wait_idle()
+    for member in members:
+        if member.owner is not None:
+            member.close()
+
+
+def _after_fork_in_child() -> None:
+    for member in list(_members.values()):
+        member.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)

@@ -1,0 +1,150 @@
+"""The process that made the pool: starting its manager, and seeing that it ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from dataclasses import astuple
+
+from whitepool_mp.config import PoolConfig, worker_env
+from whitepool_mp.errors import WhitepoolError
+from whitepool_mp.wire import boot as boots
+from whitepool_mp.wire import frames, payload
+from whitepool_mp.wire.boot import Boot
+
+_LONGEST_PATH = 100
+"""A Unix socket's path has at most 107 bytes."""
+_PATIENCE = 10.0
+
+
+class Owner:
+    """The manager as its parent sees it.
+
+    Attributes:
+        path: the socket to join by, in a folder that only this user may enter.
+        key: the pool's key.
+        exitcode: how the manager ended; None while it lives or if nobody can know.
+    """
+
+    def __init__(self, config: PoolConfig) -> None:
+        factory = teardown = None
+        if config.factory is not None:
+            factory = payload.dump_function(config.factory, "factory")
+        if config.teardown is not None:
+            teardown = payload.dump_function(config.teardown, "teardown")
+        self.pid = os.getpid()
+        self.key = os.urandom(frames.KEY_BYTES)
+        self.pool_id = os.urandom(12).hex()
+        self.exitcode: int | None = None
+        self._reaped = False
+        self._lock = threading.RLock()
+        self.folder = _folder()
+        self.path = os.path.join(self.folder, "manager")
+        try:
+            self._start(config, factory, teardown)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _start(self, config: PoolConfig, factory: bytes | None, teardown: bytes | None) -> None:
+        from loky.backend.fork_exec import fork_exec
+
+        policy = config.policy()
+        boot = Boot(
+            pool_id=self.pool_id,
+            name=config.name,
+            key=self.key,
+            owner=self.pid,
+            folder=self.folder,
+            policy=astuple(policy),
+            start_method=config.start_method,
+            preload=tuple(config.preload),
+            env=worker_env(config),
+            factory=factory,
+            teardown=teardown,
+            sys_path=[os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+            argv=list(sys.argv),
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(self.path)
+            listener.listen(4096)
+            fd = boots.write(boot)
+            try:
+                command = boots.command(fd, "whitepool_mp.manager.main", listener.fileno())
+                self.manager = fork_exec(
+                    command, (fd, listener.fileno()), env={boots.MARKER: self.pool_id}
+                )
+            except OSError as error:
+                raise WhitepoolError(
+                    f"the manager of pool {config.name!r} could not be started: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            finally:
+                os.close(fd)
+        self._pidfd = os.pidfd_open(self.manager)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the manager to end, and reap it.
+
+        Args:
+            timeout: at most how long, in seconds; None for ever.
+
+        Returns:
+            Whether it has ended. Its folder is gone then.
+        """
+        if self._reaped:
+            return True
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if not poller.poll(None if timeout is None else timeout * 1000):
+            return False
+        with self._lock:
+            if not self._reaped:
+                self._reaped = True
+                try:
+                    _, status = os.waitpid(self.manager, 0)
+                    self.exitcode = os.waitstatus_to_exitcode(status)
+                except ChildProcessError:
+                    self.exitcode = None  # other code of this process reaped it
+                os.close(self._pidfd)
+                shutil.rmtree(self.folder, ignore_errors=True)
+        return True
+
+    def end(self) -> None:
+        """End the pool now: ask the manager to, and kill it if it does not.
+
+        Does nothing in a process that was forked from the owner.
+        """
+        if os.getpid() != self.pid or self._reaped:
+            return
+        self._signal(signal.SIGTERM)
+        if not self.wait(_PATIENCE):
+            # Stopped or stuck. Its death is the workers' (the kernel sees to it); the nursery kills
+            # what else is left.
+            self._signal(signal.SIGKILL)
+            self.wait(None)
+
+    def _signal(self, number: int) -> None:
+        with self._lock:
+            if not self._reaped:
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def forked(self) -> None:
+        """In a forked child: this is not ours."""
+        if not self._reaped:
+            os.close(self._pidfd)
+            self._reaped = True
+
+
+def _folder() -> str:
+    """A new folder for the socket, short enough for one."""
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) + 40 > _LONGEST_PATH:
+        base = "/tmp"
+    return tempfile.mkdtemp(prefix="whitepool-", dir=base)

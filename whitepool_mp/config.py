@@ -1,0 +1,359 @@
+"""Every option of a pool and all of its validation.
+
+`PoolConfig` is what a user asked for, checked and filled in; `Policy` is the part of it that the
+pure broker needs. A value of either type is valid: both are frozen, and `PoolConfig` cannot be
+constructed from wrong options. An option that is wrong fails where the user wrote it, before any
+process exists, with a message that names the option, what was given and what is allowed.
+
+This module does no I/O and imports nothing heavy: loky is imported only to count the CPUs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+__all__ = ["Policy", "PoolConfig", "StartMethod", "Strategy", "check_timeout", "worker_env"]
+
+Strategy = Literal["lifo", "fifo"]
+StartMethod = Literal["forkserver", "loky"]
+
+MAX_WORKERS = 10_000
+"""Upper bound of ``pool_size + max_overflow``: beyond it a typing error is likelier than a wish."""
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+"""What tells native libraries how many threads to start."""
+
+_MAX_NAME = 64
+_SHOWN = 80
+_pool_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the broker has to know of a pool; times are in seconds.
+
+    A plain value: `PoolConfig.policy` makes it from checked options, a test may write it by hand.
+    """
+
+    pool_size: int
+    max_overflow: int
+    strategy: Strategy = "lifo"
+    overflow_ttl: float = 5.0
+    start_timeout: float = 60.0
+    stop_timeout: float = 5.0
+    backoff_first: float = 0.05
+    backoff_max: float = 10.0
+
+
+def usable_cpus() -> int:
+    """The number of CPUs this process may run on, by its affinity mask."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _default_pool_size() -> int:
+    from loky import cpu_count  # heavy, and it knows about containers' CPU quotas
+
+    return max(1, int(cpu_count()))
+
+
+def _default_name() -> str:
+    return f"pool-{next(_pool_numbers)}"
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Every option of a pool, checked.
+
+    Args:
+        pool_size: workers kept alive, at least 1. Left out: the number of CPUs this process may
+            use, by affinity mask and container quota.
+        max_overflow: further workers started when all others are taken.
+        factory: runs once in each worker; what it returns is the worker's resource.
+        name: how the pool is called in messages, process titles and reports.
+            Left out: ``"pool-1"``, ``"pool-2"``, ... in this process.
+        strategy: which idle worker is taken first: the one that came back last (``"lifo"``: warm
+            caches, lets overflow age) or first (``"fifo"``: even wear).
+        start_method: ``"forkserver"`` forks workers from a clean process; ``"loky"`` starts each
+            in a fresh interpreter.
+        preload: modules the fork server imports, so that new workers start with them.
+        overflow_ttl: seconds an idle overflow worker stays warm; 0 stops it at once.
+        start_timeout: seconds a worker may take to start, its factory included.
+        stop_timeout: seconds a worker may take to stop, its teardown included, before it is killed.
+        teardown: called with the resource when a worker stops cleanly. Needs a factory.
+        env: environment variables for the workers, on top of the inherited ones.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+        ValueError: an option has an impossible value.
+    """
+
+    pool_size: int = field(default_factory=_default_pool_size)
+    max_overflow: int = 0
+    factory: Callable[[], Any] | None = None
+    _: KW_ONLY
+    name: str = field(default_factory=_default_name)
+    strategy: Strategy = "lifo"
+    start_method: StartMethod = "forkserver"
+    preload: Sequence[str] = ()
+    overflow_ttl: float = 5.0
+    start_timeout: float = 60.0
+    stop_timeout: float = 5.0
+    teardown: Callable[[Any], Any] | None = None
+    env: Mapping[str, str] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_int("pool_size", self.pool_size, 1, "; a pool of 0 workers makes no sense")
+        _check_int("max_overflow", self.max_overflow, 0, "")
+        _check_total(self.pool_size, self.max_overflow)
+        _check_callable("factory", self.factory)
+        _check_name(self.name)
+        _check_choice("strategy", self.strategy, get_args(Strategy))
+        _check_choice("start_method", self.start_method, get_args(StartMethod))
+        _check_callable("teardown", self.teardown)
+        if self.teardown is not None and self.factory is None:
+            raise _value_error(
+                "teardown",
+                self.teardown,
+                "a teardown only together with a factory, whose resource it takes down",
+            )
+        # Frozen, so the checked and private copies are put in place by the back door.
+        put = object.__setattr__
+        put(self, "preload", _check_preload(self.preload))
+        put(self, "overflow_ttl", _check_seconds("overflow_ttl", self.overflow_ttl, zero=True))
+        put(self, "start_timeout", _check_seconds("start_timeout", self.start_timeout, zero=False))
+        put(self, "stop_timeout", _check_seconds("stop_timeout", self.stop_timeout, zero=False))
+        put(self, "env", _check_env(self.env))
+
+    @classmethod
+    def from_options(
+        cls,
+        pool_size: int | None,
+        max_overflow: int,
+        factory: Callable[[], Any] | None,
+        options: Mapping[str, Any],
+    ) -> PoolConfig:
+        """Check what a user gave to ``Pool`` and fill in what was left out.
+
+        Args:
+            pool_size: as in the class; None stands for the number of usable CPUs.
+            max_overflow: as in the class.
+            factory: as in the class.
+            options: the keyword options; ``name=None`` asks for a generated name.
+
+        Raises:
+            TypeError: an option is unknown or of the wrong type.
+            ValueError: an option has an impossible value.
+        """
+        given = dict(options)
+        allowed = [item.name for item in fields(cls) if item.kw_only]
+        for option in given:
+            if option not in allowed:
+                raise _unknown_option(option, given[option], allowed)
+        if "name" in given and given["name"] is None:
+            del given["name"]
+        if pool_size is None:
+            return cls(max_overflow=max_overflow, factory=factory, **given)
+        return cls(pool_size, max_overflow, factory, **given)
+
+    def policy(self) -> Policy:
+        """The part of the options that the broker decides by."""
+        return Policy(
+            pool_size=self.pool_size,
+            max_overflow=self.max_overflow,
+            strategy=self.strategy,
+            overflow_ttl=self.overflow_ttl,
+            start_timeout=self.start_timeout,
+            stop_timeout=self.stop_timeout,
+        )
+
+
+def check_timeout(name: str, value: object) -> float | None:
+    """Check a timeout given to a call; return it in seconds, or None for "wait without end".
+
+    Args:
+        name: what the user calls it, for the message.
+        value: None, or a number of seconds >= 0. Infinity is the same as None.
+
+    Raises:
+        TypeError: not a number (a bool is not a number here).
+        ValueError: negative or not a number (NaN).
+    """
+    allowed = "None (no limit) or a number of seconds >= 0"
+    if value is None:
+        return None
+    seconds = _number(name, value, allowed)
+    if seconds < 0:
+        raise _value_error(name, value, allowed)
+    return None if math.isinf(seconds) else seconds
+
+
+def worker_env(config: PoolConfig) -> dict[str, str]:
+    """What a worker's environment has on top of what it inherits.
+
+    Native thread pools get a fair share of the CPUs, ``usable CPUs // pool_size`` and at least 1,
+    or each of n workers would start a thread for every core. A variable that the user has set,
+    in this process's environment or by ``env``, is left as it is.
+    """
+    share = str(max(1, usable_cpus() // config.pool_size))
+    result = {name: share for name in THREAD_VARIABLES if name not in os.environ}
+    result.update(config.env or {})
+    return result
+
+
+def _show(value: object) -> str:
+    """A short repr that never raises: what a user passed may well have a broken one."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__} object, its repr failed>"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _type_error(name: str, value: object, allowed: str) -> TypeError:
+    return TypeError(f"{name}: got {_show(value)} ({type(value).__name__}); allowed: {allowed}")
+
+
+def _value_error(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name}: got {_show(value)}; allowed: {allowed}")
+
+
+def _unknown_option(name: object, value: object, allowed: Sequence[str]) -> TypeError:
+    near = difflib.get_close_matches(str(name), allowed)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return TypeError(
+        f"unknown option {_show(name)}{hint}: got {_show(value)}; "
+        f"allowed options: {', '.join(allowed)}"
+    )
+
+
+def _check_int(name: str, value: object, least: int, why: str) -> None:
+    allowed = f"an int >= {least}{why}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _type_error(name, value, allowed)
+    if value < least:
+        raise _value_error(name, value, allowed)
+
+
+def _check_total(pool_size: int, max_overflow: int) -> None:
+    if pool_size + max_overflow > MAX_WORKERS:
+        raise ValueError(
+            f"pool_size + max_overflow: got {_show(pool_size)} + {_show(max_overflow)}; "
+            f"allowed: at most {MAX_WORKERS} together"
+        )
+
+
+def _check_callable(name: str, value: object) -> None:
+    takes = "no arguments" if name == "factory" else "the resource"
+    allowed = f"None or a callable that takes {takes}"
+    if value is None:
+        return
+    if not callable(value):
+        raise _type_error(name, value, allowed)
+    called = None if inspect.isclass(value) else getattr(value, "__call__", None)  # noqa: B004
+    for function in (value, called):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise _type_error(
+                name,
+                value,
+                f"{allowed}, but not a coroutine function: it runs in a worker process, "
+                "where no event loop is running",
+            )
+
+
+def _check_name(value: object) -> None:
+    allowed = f"None or 1 to {_MAX_NAME} printable characters without '/'"
+    if not isinstance(value, str):
+        raise _type_error("name", value, allowed)
+    if not 1 <= len(value) <= _MAX_NAME or not value.isprintable() or "/" in value:
+        raise _value_error("name", value, allowed)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    allowed = " or ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise _type_error(name, value, allowed)
+    if value not in choices:
+        raise _value_error(name, value, allowed)
+
+
+def _check_preload(value: object) -> tuple[str, ...]:
+    allowed = 'a list of dotted module names, such as ["numpy", "app.models"]'
+    if isinstance(value, str):
+        raise _type_error("preload", value, f"{allowed}; use a list, also for one name")
+    if isinstance(value, (bytes, bytearray, memoryview)) or not isinstance(value, Sequence):
+        raise _type_error("preload", value, allowed)
+    for index, module in enumerate(value):
+        where = f"preload[{index}]"
+        if not isinstance(module, str):
+            raise _type_error(where, module, allowed)
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise _value_error(where, module, allowed)
+    return tuple(value)
+
+
+def _check_env(value: object) -> dict[str, str] | None:
+    allowed = (
+        "None or a mapping of str to str, its names not empty and without '=' and NUL, "
+        "its values without NUL"
+    )
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _type_error("env", value, allowed)
+    result: dict[str, str] = {}
+    for key, text in value.items():
+        if not isinstance(key, str):
+            raise _type_error("env", key, allowed)
+        if not isinstance(text, str):
+            raise _type_error(f"env[{_show(key)}]", text, allowed)
+        if not key or "=" in key or not _encodable(key):
+            raise _value_error("env", key, allowed)
+        if not _encodable(text):
+            raise _value_error(f"env[{_show(key)}]", text, allowed)
+        result[key] = text
+    return result
+
+
+def _encodable(text: str) -> bool:
+    """Whether the operating system can take this text as (part of) a variable."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_seconds(name: str, value: object, *, zero: bool) -> float:
+    allowed = f"a number of seconds {'>= 0' if zero else '> 0'}, infinity included"
+    seconds = _number(name, value, allowed)
+    if seconds < 0 or (seconds == 0 and not zero):
+        raise _value_error(name, value, allowed)
+    return seconds
+
+
+def _number(name: str, value: object, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _type_error(name, value, allowed)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise _value_error(name, value, allowed) from None
+    if math.isnan(seconds):
+        raise _value_error(name, value, allowed)
+    return seconds

@@ -1,0 +1,361 @@
+"""Jobs in the background: the future of `submit`, the iterator of `map`."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from typing import TYPE_CHECKING, Any
+
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.lease import remote_failure, result_unreadable
+from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire.messages import Message
+
+if TYPE_CHECKING:
+    from whitepool_mp.client.engine import Threaded
+    from whitepool_mp.client.member import Member
+
+CHUNK_SECONDS = 0.005
+"""How long a chunk of a map should run: long enough to pay for its message, short enough to share."""
+LARGEST_CHUNK = 1024
+ITEM_INLINE = 256 * 1024
+"""An item whose pickle is larger travels alone, its buffers out of band."""
+
+
+def open_answer(message: Message, name: str, pool: str) -> tuple[bool, Any]:
+    """Whether a call returned, and its result or exception."""
+    if message.kind == messages.ERROR:
+        return False, remote_failure(message, name, 0, pool)
+    try:
+        return True, message.load()
+    except Exception as error:
+        failure = result_unreadable(name, error)
+        failure.__cause__ = error
+        return False, failure
+
+
+class JobFuture(Future[Any]):
+    """A `concurrent.futures.Future` whose `cancel` also ends a job that is running.
+
+    Cancelling a running job kills its worker, which is replaced; the future ends cancelled. Only a
+    job that has ended cannot be cancelled.
+    """
+
+    def __init__(self, member: Member, name: str) -> None:
+        super().__init__()
+        self._pool_member: Member | None = member  # a job under way keeps its pool alive
+        self._name = name
+        self._pool_name = member.name
+        self._task: Task | None = None
+        self._threaded: Threaded | None = None
+
+    def cancel(self) -> bool:
+        """Cancel the job, running or not.
+
+        Returns:
+            Whether the future is cancelled now; False if the job has ended.
+        """
+        with self._condition:
+            if self._state == "FINISHED":
+                return False
+            if self._state in ("CANCELLED", "CANCELLED_AND_NOTIFIED"):
+                return True
+            self._state = "CANCELLED"
+            self._condition.notify_all()
+        # Tells wait() and as_completed() as well.
+        self.set_running_or_notify_cancel()
+        self._pool_member = None
+        if self._task is not None and self._threaded is not None:
+            self._threaded.cancel(self._task)
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        return True
+
+    # Sink
+
+    def began(self, task: Task) -> bool:
+        if self.cancelled():
+            return False
+        try:
+            return self.set_running_or_notify_cancel()
+        except (InvalidStateError, RuntimeError):
+            return False  # cancelled between the two lines
+
+    def answered(self, task: Task, index: int, message: Message) -> None:
+        returned, value = open_answer(message, self._name, self._pool_name)
+        self._settle(returned, value)
+
+    def failed(self, task: Task, index: int, error: BaseException) -> None:
+        self._settle(False, error)
+
+    def _settle(self, returned: bool, value: Any) -> None:
+        self._pool_member = None
+        try:
+            if returned:
+                self.set_result(value)
+            else:
+                self.set_exception(value)
+        except InvalidStateError:
+            return  # cancelled while its answer was on the way
+
+
+class MapJob:
+    """The calls of one `map`: reads its input lazily, keeps the workers fed, hands results out.
+
+    The input is read by whoever iterates, in their thread, at most a window ahead of the workers. A
+    chunk grows or shrinks so that it runs for about `CHUNK_SECONDS`; each of its calls is answered,
+    fails and dies on its own.
+
+    Args:
+        member: the pool.
+        fn: the function.
+        inputs: tuples of arguments.
+        total: how many there are, if that is known.
+        flags: `messages.WITH_RESOURCE` or 0.
+        timeout: how many seconds each call may take, or None.
+        chunksize: how many calls to send together, or None to let it be measured.
+        send: where tasks go.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        fn: Callable[..., Any],
+        inputs: Iterator[tuple[Any, ...]],
+        total: int | None,
+        flags: int,
+        timeout: float | None,
+        chunksize: int | None,
+        send: Callable[[Task], None],
+    ) -> None:
+        self.member = member
+        self.name = payload.qualified_name(fn)
+        self.fn = fn
+        self.total = total
+        self._function = payload.dump_function(fn)
+        self._inputs = inputs
+        self._flags = flags
+        self._timeout = timeout
+        self._chunksize = chunksize
+        self._send = send
+        self.exhausted = False
+        self.read = 0
+        self.ended = 0
+        self._mean = 0.0  # seconds for a call, as measured
+        self._open: dict[int, Task] = {}
+        self._results: deque[tuple[int, bool, Any]] = deque()
+        self.notify: Callable[[], None] = lambda: None
+
+    @property
+    def chunk(self) -> int:
+        """How many calls the next chunk should have."""
+        if self._chunksize is not None:
+            return self._chunksize
+        if self.ended == 0:
+            return 1
+        size = int(CHUNK_SECONDS / self._mean) if self._mean > 0 else LARGEST_CHUNK
+        if self.total is not None:
+            # Towards the end in smaller ones, so that the workers finish together.
+            size = min(size, (self.total - self.read) // (2 * self.member.capacity))
+        return max(1, min(size, LARGEST_CHUNK))
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls were sent and have not ended."""
+        return self.read - self.ended
+
+    def feed(self) -> None:
+        """Read and send as much input as keeps every worker busy."""
+        while not self.exhausted:
+            chunk = self.chunk
+            if self.in_flight >= max(2 * self.member.capacity * chunk, self.member.capacity + 1):
+                return
+            self._send_chunk(chunk)
+
+    def _send_chunk(self, size: int) -> None:
+        first = self.read
+        items: list[bytes] = []
+        weight = 0
+        while len(items) < size:
+            try:
+                args = next(self._inputs)
+            except StopIteration:
+                self.exhausted = True
+                break
+            self.read += 1
+            try:
+                data, buffers = payload.dump_arguments(self.fn, args, {})
+            except Exception as error:  # that one call fails, where its result would have been
+                if items:
+                    self._send(self._task(items, first))
+                self._put(self.read - 1, False, error)
+                items, first = [], self.read
+                continue
+            if buffers or len(data) > ITEM_INLINE:
+                if items:
+                    self._send(self._task(items, first))
+                single = messages.pack_split(self._function, data)
+                flags = self._flags | messages.SPLIT
+                index = self.read - 1
+                self._send(
+                    Task(self.name, self, flags, self._timeout, single, buffers, first=index)
+                )
+                items, first = [], self.read
+                return
+            items.append(data)
+            weight += len(data)
+            if weight > ITEM_INLINE:
+                break
+        if items:
+            self._send(self._task(items, first))
+
+    def _task(self, items: list[bytes], first: int) -> Task:
+        return Task(
+            self.name, self, self._flags, self._timeout, self._function, items=items, first=first
+        )
+
+    # Sink
+
+    def began(self, task: Task) -> bool:
+        return not self._closed
+
+    def answered(self, task: Task, index: int, message: Message) -> None:
+        seconds = message.token / 1e9
+        self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
+        returned, value = open_answer(message, self.name, self.member.name)
+        self._put(index, returned, value)
+
+    def failed(self, task: Task, index: int, error: BaseException) -> None:
+        self._put(index, False, error)
+
+    def _put(self, index: int, returned: bool, value: Any) -> None:
+        self.ended += 1
+        self._results.append((index, returned, value))
+        self.notify()
+
+    def take(self) -> tuple[int, bool, Any] | None:
+        """A call that ended, if there is one not yet taken."""
+        return self._results.popleft() if self._results else None
+
+    _closed = False
+
+    def close(self) -> None:
+        """Nobody wants the rest: what was not sent to a worker never runs."""
+        self._closed = True
+
+
+class Ordering:
+    """Puts results back in the order of their inputs, or hands them out as they come."""
+
+    def __init__(self, ordered: bool) -> None:
+        self._ordered = ordered
+        self._early: dict[int, tuple[bool, Any]] = {}
+        self._next = 0
+
+    def add(self, index: int, returned: bool, value: Any) -> None:
+        """A result came."""
+        self._early[index] = (returned, value)
+
+    def pop(self) -> tuple[bool, Any] | None:
+        """The next result to hand out, if it is there."""
+        if not self._ordered:
+            return self._early.pop(next(iter(self._early))) if self._early else None
+        found = self._early.pop(self._next, None)
+        if found is not None:
+            self._next += 1
+        return found
+
+
+def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> Iterator[Any]:
+    """The results of a map, for a blocking caller."""
+    signals: queue.SimpleQueue[None] = queue.SimpleQueue()
+    job.notify = lambda: signals.put(None)
+    ordering = Ordering(ordered)
+    handed = 0
+    try:
+        while True:
+            job.feed()
+            if job.exhausted and handed == job.read:
+                return
+            while (found := ordering.pop()) is None:
+                signals.get()
+                result = job.take()
+                assert result is not None
+                ordering.add(*result)
+                if bar is not None:
+                    bar.update(1)
+                job.feed()
+            handed += 1
+            returned, value = found
+            if not returned and not return_exceptions:
+                raise value
+            yield value
+    finally:
+        job.close()
+        if bar is not None:
+            bar.close()
+
+
+class PlainBar:
+    """A progress line on standard error, for when tqdm is not installed."""
+
+    def __init__(self, total: int | None, name: str) -> None:
+        import sys
+
+        self._out = sys.stderr
+        self._total = total
+        self._name = name
+        self._done = 0
+        self._began = time.monotonic()
+        self._shown = 0.0
+
+    def update(self, count: int) -> None:
+        """Count, and show it at most ten times a second."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= 0.1 or self._done == self._total:
+            self._shown = now
+            self._show("\r")
+
+    def _show(self, start: str) -> None:
+        seconds = time.monotonic() - self._began
+        of = f"/{self._total}" if self._total is not None else ""
+        rate = self._done / seconds if seconds else 0.0
+        self._out.write(f"{start}{self._name}: {self._done}{of} [{seconds:.1f} s, {rate:.0f}/s]")
+        self._out.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        self._show("\r")
+        self._out.write("\n")
+
+
+def progress_bar(progress: bool | str, total: int | None, name: str) -> Any:
+    """A bar to `update`, or None.
+
+    Args:
+        progress: False for none, True for one titled by the function, or the title.
+        total: how many calls there are, if known.
+        name: the function's name.
+    """
+    if progress is False:
+        return None
+    title = name if progress is True else str(progress)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return PlainBar(total, title)
+    return tqdm(total=total, desc=title)
+
+
+def known_length(iterables: tuple[Iterable[Any], ...]) -> int | None:
+    """How many calls a map of these makes, if they tell."""
+    lengths = []
+    for iterable in iterables:
+        try:
+            lengths.append(len(iterable))  # type: ignore[arg-type]
+        except TypeError:
+            return None
+    return min(lengths, default=0)

@@ -1,0 +1,1 @@
+"""The manager process: one loop between clients, the pure broker and the worker processes."""

@@ -1,0 +1,303 @@
+"""Client connections: letting in who has the key, reading frames, never blocking on anybody.
+
+    listener --accept--> silent --CHALLENGE/AUTH--> Client --frames--> Manager
+
+Guarantees: nothing but the proof is looked at before a client has given it; a connection that says
+nothing, or nonsense, or does not read its answers, is closed and counted, and costs the others
+nothing; with no descriptors left, connections are refused instead of spinning on them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from whitepool_mp.errors import ProtocolError
+from whitepool_mp.manager.loop import READ, WRITE, Loop
+from whitepool_mp.wire import auth, frames
+
+HANDSHAKE_SECONDS = 10.0
+"""How long a new connection may take to prove itself."""
+MAX_SILENT = 256
+"""How many connections may be unproven at once; the oldest goes when another comes."""
+MAX_UNREAD = 4 << 20
+"""How many bytes of answers a client may leave unread."""
+
+
+class Audience(Protocol):
+    """Who is told what clients say."""
+
+    def client_said(self, client: Client, body: bytes) -> None: ...
+    def client_gone(self, client: Client) -> None: ...
+
+
+class Client:
+    """One control connection."""
+
+    __slots__ = (
+        "decoder",
+        "id",
+        "member",
+        "nonce",
+        "pid",
+        "proven",
+        "since",
+        "sites",
+        "sock",
+        "thread",
+        "unsent",
+        "unsent_bytes",
+    )
+
+    def __init__(self, number: int, sock: socket.socket, now: float) -> None:
+        self.id = number
+        self.sock = sock
+        self.since = now
+        self.decoder = frames.FrameDecoder(limit=1024)
+        self.nonce = os.urandom(frames.NONCE_BYTES)
+        self.proven = False
+        self.member = b""  # which process's membership it is of
+        self.pid = 0
+        self.thread = ""
+        self.sites: dict[int, str] = {}  # open checkouts: from which line
+        self.unsent: deque[tuple[bytes, tuple[Any, ...]]] = deque()
+        self.unsent_bytes = 0
+
+
+class Door:
+    """Accepts and serves every client connection.
+
+    Args:
+        listener: the listening socket, made by the owner.
+        key: the pool's key.
+        loop: where descriptors are waited for.
+        audience: who is told.
+        clock: the monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        key: bytes,
+        loop: Loop,
+        audience: Audience,
+        clock: Callable[[], float],
+    ) -> None:
+        self._listener = listener
+        self._key = key
+        self._loop = loop
+        self._audience = audience
+        self._clock = clock
+        self._numbers = 0
+        self._silent: OrderedDict[int, Client] = OrderedDict()
+        self.clients: dict[int, Client] = {}
+        self.counters = {
+            "connections": 0,
+            "connections_refused": 0,
+            "connections_without_proof": 0,
+            "protocol_errors": 0,
+            "clients_not_reading": 0,
+        }
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        listener.setblocking(False)
+        loop.add(listener.fileno(), lambda _: self._accept())
+
+    def next_deadline(self) -> float | None:
+        """When the oldest unproven connection has to be closed."""
+        for client in self._silent.values():
+            return client.since + HANDSHAKE_SECONDS
+        return None
+
+    def tick(self, now: float) -> None:
+        """Close unproven connections whose time is up."""
+        while self._silent:
+            client = next(iter(self._silent.values()))
+            if now < client.since + HANDSHAKE_SECONDS:
+                return
+            self.counters["connections_without_proof"] += 1
+            self.drop(client)
+
+    def send(self, client: Client, data: bytes, passed: tuple[Any, ...] = ()) -> None:
+        """Send a frame, now or when the client reads again.
+
+        Args:
+            client: to whom; it may be gone.
+            data: the frame.
+            passed: objects with `fileno` or plain descriptors that travel with it.
+        """
+        if client.sock.fileno() < 0:
+            return
+        if not client.unsent:
+            sent = self._try(client, data, passed)
+            if sent is None or sent == len(data):
+                return
+            data, passed = data[sent:], passed if sent == 0 else ()
+            self._loop.change(client.sock.fileno(), READ | WRITE)
+        if client.unsent_bytes + len(data) > MAX_UNREAD:
+            self.counters["clients_not_reading"] += 1
+            self.drop(client)
+            return
+        if passed:
+            # The originals are the caller's to close: keep copies until they are sent.
+            passed = tuple(_Copy(item) for item in passed)
+        client.unsent.append((data, passed))
+        client.unsent_bytes += len(data)
+
+    def _try(self, client: Client, data: bytes, passed: tuple[Any, ...]) -> int | None:
+        """Write what goes; None if the client was dropped for it."""
+        try:
+            if not passed:
+                return client.sock.send(data)
+            fds = [item if isinstance(item, int) else item.fileno() for item in passed]
+            return socket.send_fds(client.sock, [data], fds)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if passed and error.errno in (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE):
+                return 0  # the receiver has too many descriptors in flight: later
+            self.drop(client)
+            return None
+
+    def _flush(self, client: Client) -> None:
+        while client.unsent:
+            data, passed = client.unsent[0]
+            sent = self._try(client, data, passed)
+            if sent is None:
+                return
+            if sent:
+                for item in passed:
+                    item.close()
+                client.unsent_bytes -= sent
+            if sent < len(data):
+                client.unsent[0] = (data[sent:], () if sent else passed)
+                return
+            client.unsent.popleft()
+        self._loop.change(client.sock.fileno(), READ)
+
+    def drop(self, client: Client) -> None:
+        """Close a connection; its audience is told, if it was let in."""
+        if client.sock.fileno() < 0:
+            return
+        self._loop.remove(client.sock.fileno())
+        client.sock.close()
+        self._silent.pop(client.id, None)
+        for _, passed in client.unsent:
+            for item in passed:
+                item.close()
+        client.unsent.clear()
+        if self.clients.pop(client.id, None) is not None:
+            self._audience.client_gone(client)
+
+    def close(self) -> None:
+        """Close everything, after one last try to send what is unsent."""
+        self._loop.remove(self._listener.fileno())
+        self._listener.close()
+        for client in [*self.clients.values(), *self._silent.values()]:
+            if client.unsent:
+                self._flush(client)
+            if client.sock.fileno() >= 0:
+                self._loop.remove(client.sock.fileno())
+                client.sock.close()
+        self.clients.clear()
+        self._silent.clear()
+        os.close(self._spare)
+
+    # --- from the sockets -----------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    return  # that one is gone already
+                self._refuse_one()
+                continue
+            sock.setblocking(False)
+            self._numbers += 1
+            self.counters["connections"] += 1
+            client = Client(self._numbers, sock, self._clock())
+            if len(self._silent) >= MAX_SILENT:
+                self.counters["connections_without_proof"] += 1
+                self.drop(next(iter(self._silent.values())))
+            self._silent[client.id] = client
+            self._loop.add(sock.fileno(), lambda events, who=client: self._ready(who, events))
+            self.send(client, frames.challenge(client.nonce))
+
+    def _refuse_one(self) -> None:
+        """No descriptor is left: use the spare one to take the connection and close it."""
+        self.counters["connections_refused"] += 1
+        os.close(self._spare)
+        try:
+            self._listener.accept()[0].close()
+        except OSError:
+            pass  # it went away by itself
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _ready(self, client: Client, events: int) -> None:
+        if events & WRITE:
+            self._flush(client)
+        if events & ~WRITE and client.sock.fileno() >= 0:
+            self._read(client)
+
+    def _read(self, client: Client) -> None:
+        try:
+            data = client.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.drop(client)
+            return
+        try:
+            for body in client.decoder.feed(data):
+                if client.proven:
+                    self._audience.client_said(client, body)
+                else:
+                    self._prove(client, body)
+                if client.sock.fileno() < 0:
+                    return
+        except ProtocolError:
+            self.counters["protocol_errors"] += 1
+            self.drop(client)
+
+    def _prove(self, client: Client, body: bytes) -> None:
+        if body[0] != frames.AUTH:
+            raise ProtocolError("a client spoke before it proved itself")
+        answer = frames.read_auth(body)
+        expected = auth.client_proof(self._key, client.nonce, answer.nonce)
+        if not auth.same(expected, answer.proof):
+            self.counters["connections_without_proof"] += 1
+            self.send(client, frames.plain(frames.DENIED))
+            self.drop(client)
+            return
+        client.proven = True
+        client.member, client.pid, client.thread = answer.member, answer.pid, answer.thread
+        client.decoder = frames.FrameDecoder(limit=64 * 1024)
+        del self._silent[client.id]
+        self.clients[client.id] = client
+        proof = auth.server_proof(self._key, client.nonce, answer.nonce)
+        self.send(client, frames.welcome(proof))
+
+
+class _Copy:
+    """A duplicate of a descriptor that waits to be sent."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, item: Any) -> None:
+        self._fd = os.dup(item if isinstance(item, int) else item.fileno())
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,331 @@
+"""The manager: turns what clients and workers do into events, and performs the broker's effects.
+
+    clients --frames--> Door --+                          +--> Door  (GRANT, REFUSED, ...)
+                               |--> events -> broker -> effects
+    workers --READY, exit-> Crew --+                      +--> Crew  (spawn, retire, kill)
+
+It never runs or unpickles anything of the user's, and never waits for anybody: its one wait ends
+at the broker's next deadline. An effect that fails becomes an event of its own, performed after.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from whitepool_mp.broker import (
+    Broker,
+    Cancel,
+    Checkin,
+    Checkout,
+    ClientGone,
+    Destroy,
+    Drain,
+    Drained,
+    Effect,
+    Event,
+    Grant,
+    Kill,
+    Refuse,
+    Resize,
+    Retire,
+    Spawn,
+    Start,
+    Terminate,
+    Tick,
+    WorkerExited,
+    WorkerFailed,
+    WorkerReady,
+)
+from whitepool_mp.config import Policy
+from whitepool_mp.errors import ProtocolError
+from whitepool_mp.manager.clients import Client, Door
+from whitepool_mp.manager.loop import Loop
+from whitepool_mp.manager.obituary import Obituary, is_exiting
+from whitepool_mp.wire import frames
+
+
+MAX_OBITUARIES = 4096
+"""How many deaths under a lease are kept until the holder asks about them."""
+
+
+class Workers(Protocol):
+    """What the manager needs of a crew; tests script one."""
+
+    def spawn(self, worker: int, slot: int) -> str | None: ...
+    def retire(self, worker: int) -> None: ...
+    def kill(self, worker: int, reason: str | None) -> None: ...
+    def adopt(self, worker: int, channel: socket.socket) -> bool: ...
+    def hand(self, worker: int) -> Any: ...
+    def calls_of(self, worker: int) -> int: ...
+
+
+class Manager:
+    """One pool's manager, given its loop, its clock and its policy.
+
+    Args:
+        policy: the broker's numbers.
+        loop: where descriptors are waited for.
+        clock: the monotonic clock, in seconds; deadlines of clients are on it.
+    """
+
+    def __init__(self, policy: Policy, loop: Loop, clock: Callable[[], float]) -> None:
+        self._broker = Broker(policy)
+        self._loop = loop
+        self._clock = clock
+        self._crew: Workers
+        self._door: Door
+        self._events: deque[Event] = deque()
+        self._performing = False
+        self._sites: dict[int, str] = {}
+        self._obituaries: OrderedDict[tuple[bytes, int], Obituary] = OrderedDict()
+        self._asking: dict[int, list[tuple[Client, int]]] = {}
+        self._drainers: list[tuple[Client, int]] = []
+        self.finished = False
+        self._handlers: dict[int, Callable[[Client, bytes], None]] = {
+            frames.CHECKOUT: self._on_checkout,
+            frames.CHECKIN: self._on_checkin,
+            frames.CANCEL: self._on_cancel,
+            frames.DESTROY: self._on_destroy,
+            frames.OPEN: self._on_open,
+            frames.WHY: self._on_why,
+            frames.STATUS: self._on_status,
+            frames.WORKERS: self._on_workers,
+            frames.RESIZE: self._on_resize,
+            frames.DRAIN: self._on_drain,
+            frames.TERMINATE: self._on_terminate,
+        }
+
+    def start(self, crew: Workers, door: Door) -> None:
+        """Begin: order the first workers."""
+        self._crew, self._door = crew, door
+        self.apply(Start())
+
+    def turn(self) -> int:
+        """Wait until something happens or is due, and deal with it; how many descriptors it was."""
+        ready = self._loop.turn(self._timeout())
+        now = self._clock()
+        due = self._broker.next_deadline()
+        if due is not None and now >= due:
+            self.apply(Tick())
+        self._door.tick(now)
+        return ready
+
+    def _timeout(self) -> float | None:
+        deadlines = [self._broker.next_deadline(), self._door.next_deadline()]
+        due = min((when for when in deadlines if when is not None), default=None)
+        return None if due is None else max(0.0, due - self._clock())
+
+    def apply(self, event: Event) -> None:
+        """Let the broker decide about an event, and perform what it decided.
+
+        An event that a performed effect brings about waits for its turn: effects are performed in
+        the order in which they were decided.
+        """
+        self._events.append(event)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._events:
+                for effect in self._broker.step(self._events.popleft(), self._clock()):
+                    self._perform(effect)
+        finally:
+            self._performing = False
+
+    def _perform(self, effect: Effect) -> None:
+        kind = type(effect)
+        if kind is Grant:
+            self._grant(effect)  # type: ignore[arg-type]
+        elif isinstance(effect, Refuse):
+            self._refuse(effect)
+        elif isinstance(effect, Spawn):
+            problem = self._crew.spawn(effect.worker, effect.slot)
+            if problem is not None:
+                self._events.append(WorkerExited(effect.worker, problem))
+        elif isinstance(effect, Retire):
+            self._crew.retire(effect.worker)
+        elif isinstance(effect, Kill):
+            self._crew.kill(effect.worker, effect.reason or None)
+        elif isinstance(effect, Drained):
+            self.finished = True
+
+    def _grant(self, effect: Grant) -> None:
+        client = self._door.clients.get(effect.client)
+        hand = self._crew.hand(effect.worker)
+        if client is None or hand is None:
+            return  # its end is an event that is on its way
+        self._sites[effect.worker] = client.sites.pop(effect.ticket, "")
+        self._door.send(
+            client,
+            frames.grant(effect.ticket, effect.lease, effect.worker, hand.pid, hand.slot),
+        )
+
+    def _refuse(self, effect: Refuse) -> None:
+        client = self._door.clients.get(effect.client)
+        if client is None:
+            return
+        client.sites.pop(effect.ticket, None)
+        detail = effect.detail
+        if effect.why != "factory_failed":
+            detail = self._summary()
+        self._door.send(client, frames.refused(effect.ticket, effect.why, detail))
+
+    def _summary(self) -> str:
+        """The numbers, for an error message."""
+        status = self._broker.status()
+        text = (
+            f"size={status.pool_size}+{status.max_overflow} idle={status.idle} "
+            f"leased={status.leased} booting={status.booting} waiting={status.waiting}"
+        )
+        if status.failing and status.last_failure:
+            text += f"; the last start failed: {status.last_failure.strip().splitlines()[-1]}"
+        return text
+
+    # --- what clients say -----------------------------------------------------------------
+
+    def client_said(self, client: Client, body: bytes) -> None:
+        """A whole frame came from a client that proved itself."""
+        handler = self._handlers.get(body[0])
+        if handler is None:
+            raise ProtocolError(f"a client sent a frame of kind {body[0]}")
+        handler(client, body)
+
+    def client_gone(self, client: Client) -> None:
+        """A client's connection ended: what it held is dirty."""
+        self.apply(ClientGone(client.id))
+
+    def _on_checkout(self, client: Client, body: bytes) -> None:
+        asked = frames.read_checkout(body)
+        client.sites[asked.request] = asked.site
+        self.apply(Checkout(client.id, asked.request, asked.block, asked.deadline))
+
+    def _on_checkin(self, client: Client, body: bytes) -> None:
+        self.apply(Checkin(client.id, frames.read_lease(body)[0]))
+
+    def _on_cancel(self, client: Client, body: bytes) -> None:
+        self.apply(Cancel(client.id, frames.read_request(body)))
+
+    def _on_destroy(self, client: Client, body: bytes) -> None:
+        lease, reason = frames.read_lease(body)
+        self.apply(Destroy(client.id, lease, reason or "its holder had it destroyed"))
+
+    def _on_open(self, client: Client, body: bytes) -> None:
+        number, lease = frames.read_request_lease(body)
+        worker = self._broker.lease_worker(self._holder(client, lease).id, lease)
+        hand = None if worker is None else self._crew.hand(worker)
+        if worker is None or hand is None:
+            self._door.send(client, frames.channel(number, False))
+            return
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no descriptors left: this one call fails, and says so
+            self._door.send(client, frames.channel(number, False))
+            return
+        with ours, theirs:
+            if self._crew.adopt(worker, theirs):
+                self._door.send(client, frames.channel(number, True), (ours, hand.page))
+            else:
+                self._door.send(client, frames.channel(number, False))
+
+    def _holder(self, client: Client, lease: int) -> Client:
+        """Who holds a lease on behalf of a client: another thread's connection of its process may."""
+        number = self._broker.lease_holder(lease)
+        holder = None if number is None else self._door.clients.get(number)
+        return holder if holder is not None and holder.member == client.member else client
+
+    def _on_why(self, client: Client, body: bytes) -> None:
+        number, lease = frames.read_request_lease(body)
+        known = self._obituaries.pop((client.member, lease), None)
+        if known is not None:
+            self._door.send(client, frames.reply(number, known.as_dict()))
+            return
+        holder = self._holder(client, lease)
+        worker = self._broker.lease_worker(holder.id, lease)
+        hand = None if worker is None else self._crew.hand(worker)
+        if worker is None or hand is None:
+            self._door.send(client, frames.reply(number, None))
+            return
+        self._asking.setdefault(worker, []).append((client, number))
+        # Most likely it is dying, and its exit is about to be reported. If not, it is unreachable.
+        reason = "" if is_exiting(hand.pid) else "its channel broke while it was alive"
+        self.apply(Destroy(holder.id, lease, reason))
+
+    def _on_status(self, client: Client, body: bytes) -> None:
+        status = self._broker.status()
+        value = {
+            "pool_size": status.pool_size,
+            "max_overflow": status.max_overflow,
+            "booting": status.booting,
+            "idle": status.idle,
+            "leased": status.leased,
+            "retiring": status.retiring,
+            "waiting": status.waiting,
+            "overflow": status.overflow,
+            "state": status.state,
+            "draining": status.draining,
+            "failing": status.failing,
+            "last_failure": status.last_failure,
+            "counters": {**status.counters, **self._door.counters},
+        }
+        self._door.send(client, frames.reply(frames.read_request(body), value))
+
+    def _on_workers(self, client: Client, body: bytes) -> None:
+        from whitepool_mp.manager.census import describe
+
+        now = self._clock()
+        rows = []
+        for worker in self._broker.workers():
+            hand = self._crew.hand(worker.id)
+            if hand is not None:
+                holder = self._door.clients.get(worker.client) if worker.client else None
+                rows.append(describe(worker, hand, holder, self._sites.get(worker.id, ""), now))
+        self._door.send(client, frames.reply(frames.read_request(body), rows))
+
+    def _on_resize(self, client: Client, body: bytes) -> None:
+        number, pool_size, max_overflow = frames.read_resize(body)
+        if pool_size < 1:
+            raise ProtocolError("a resize to no worker")
+        self.apply(Resize(pool_size, max_overflow))
+        self._door.send(client, frames.reply(number, True))
+
+    def _on_drain(self, client: Client, body: bytes) -> None:
+        self._drainers.append((client, frames.read_request(body)))
+        self.apply(Drain())
+
+    def _on_terminate(self, client: Client, body: bytes) -> None:
+        self._drainers.append((client, frames.read_request(body)))
+        self.apply(Terminate())
+
+    def answer_drainers(self) -> None:
+        """Everything has ended: tell whoever waits for that."""
+        for client, number in self._drainers:
+            self._door.send(client, frames.reply(number, True))
+
+    # --- what workers do ------------------------------------------------------------------
+
+    def worker_ready(self, worker: int) -> None:
+        """A factory returned."""
+        if self._broker.worker(worker) is not None:
+            self.apply(WorkerReady(worker))
+
+    def worker_failed(self, worker: int, reason: str) -> None:
+        """A factory raised; `reason` is the traceback."""
+        if self._broker.worker(worker) is not None:
+            self.apply(WorkerFailed(worker, reason))
+
+    def worker_exited(self, worker: int, obituary: Obituary) -> None:
+        """A worker's process is gone."""
+        record = self._broker.worker(worker)
+        if record is not None and record.lease is not None and record.client is not None:
+            holder = self._door.clients.get(record.client)
+            if holder is not None:
+                self._obituaries[holder.member, record.lease] = obituary
+                if len(self._obituaries) > MAX_OBITUARIES:
+                    self._obituaries.popitem(last=False)
+        self._sites.pop(worker, None)
+        for client, number in self._asking.pop(worker, ()):
+            self._door.send(client, frames.reply(number, obituary.as_dict()))
+        self.apply(WorkerExited(worker, obituary.describe()))

@@ -1,0 +1,408 @@
+"""The worker processes: starting them, hearing from them, killing them, learning how they ended.
+
+    Manager --spawn, retire, kill, adopt--> Crew --SPAWN--> nursery --fork--> worker
+            <--ready, failed, exited-------      <------READY, FAILED, exit status---
+
+Every worker is a child of this process (see the nursery), so its pid cannot be another's before it
+is reaped here, and its exit status and peak memory come with its death: SIGCHLD wakes the loop
+through a descriptor. A worker is the leader of a process group, which is killed before the leader
+is reaped; whatever a dead worker leaves behind becomes a child of this process and is killed too
+(`_sweep`), so nothing escapes by detaching itself.
+
+Nothing here decides: what becomes of a worker is the broker's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from whitepool_mp.errors import ProtocolError
+from whitepool_mp.manager.loop import READ, WRITE, Loop
+from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
+from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire.boot import Boot
+from whitepool_mp.worker import nursery as nurseries
+
+
+class Listener(Protocol):
+    """Who is told what happens to workers."""
+
+    def worker_ready(self, worker: int) -> None: ...
+    def worker_failed(self, worker: int, reason: str) -> None: ...
+    def worker_exited(self, worker: int, obituary: Obituary) -> None: ...
+
+
+class Hand:
+    """One worker process, from the order to start it until it is reaped."""
+
+    __slots__ = (
+        "born",
+        "control",
+        "decoder",
+        "kill_reason",
+        "page",
+        "pid",
+        "process",
+        "slot",
+        "worker",
+    )
+
+    def __init__(self, worker: int, slot: int, control: socket.socket, page: int, born: float):
+        self.worker = worker
+        self.slot = slot
+        self.control = control
+        self.decoder = frames.FrameDecoder()
+        self.page = page
+        self.born = born
+        self.pid: int | None = None
+        self.kill_reason: str | None = None
+        self.process: Any = None  # psutil.Process, made when it is first asked about
+
+    def calls(self) -> int:
+        """How many calls it has begun, as it noted on its page."""
+        _, count = messages.PAGE.unpack(os.pread(self.page, messages.PAGE.size, 0))
+        return int(count)
+
+
+class Crew:
+    """Every worker process of the pool, and the nursery they come from.
+
+    Args:
+        boot: what the pool's processes are told.
+        loop: where descriptors are waited for.
+        listener: who is told.
+        clock: the monotonic clock, in seconds.
+        lifeline: the read end of the pipe whose end-of-file tells everyone that the manager is
+            gone; the write end must exist in this process only.
+        start_timeout: how long a worker may take to be born and ready, in seconds.
+    """
+
+    def __init__(
+        self,
+        boot: Boot,
+        loop: Loop,
+        listener: Listener,
+        clock: Callable[[], float],
+        lifeline: int,
+        start_timeout: float,
+    ) -> None:
+        self._boot = boot
+        self._loop = loop
+        self._listener = listener
+        self._clock = clock
+        self._lifeline = lifeline
+        self._start_timeout = start_timeout
+        self._hands: dict[int, Hand] = {}
+        self._by_pid: dict[int, Hand] = {}
+        self._nursery_pid: int | None = None
+        self._nursery: socket.socket | None = None
+        self._nursery_word = ""
+        self._unborn: dict[int, Hand] = {}
+        self._orders: deque[tuple[bytes, list[socket.socket], list[int]]] = deque()
+        self._sweep_due = False
+
+    # --- what the manager asks ------------------------------------------------------------
+
+    def hand(self, worker: int) -> Hand | None:
+        """The process of a worker, or None when there is none (any more)."""
+        return self._hands.get(worker)
+
+    def __len__(self) -> int:
+        return len(self._hands)
+
+    def start_nursery(self) -> None:
+        """Fork the nursery, if there is none."""
+        if self._nursery is not None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                nurseries.main(self._boot, theirs, self._lifeline)
+        ours.setblocking(False)
+        self._nursery, self._nursery_pid, self._nursery_word = ours, pid, ""
+        self._loop.add(ours.fileno(), self._hear_nursery)
+
+    def spawn(self, worker: int, slot: int) -> str | None:
+        """Order a new worker.
+
+        Returns:
+            None, or why there cannot be one now (no descriptors or no processes left).
+        """
+        fds: list[int] = []
+        try:
+            self.start_nursery()
+            page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
+            fds.append(page)
+            os.ftruncate(page, messages.PAGE_SIZE)
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            return f"the manager cannot start a worker: {type(error).__name__}: {error}"
+        hand = Hand(worker, slot, ours, page, self._clock())
+        self._hands[worker] = self._unborn[worker] = hand
+        self._loop.add(ours.fileno(), lambda _: self._hear(hand))
+        order = nurseries.SPAWN.pack(nurseries.SPAWN_KIND, worker, slot)
+        self._orders.append((order, [theirs], [page]))
+        self._send_orders()
+        return None
+
+    def retire(self, worker: int) -> None:
+        """Ask for a clean stop."""
+        hand = self._hands.get(worker)
+        if hand is not None:
+            self._tell(hand, frames.plain(frames.RETIRE))
+
+    def adopt(self, worker: int, channel: socket.socket) -> bool:
+        """Hand a worker its end of a new channel; whether that could be done."""
+        hand = self._hands.get(worker)
+        return hand is not None and self._tell(hand, frames.plain(frames.ADOPT), channel)
+
+    def kill(self, worker: int, reason: str | None) -> None:
+        """Kill a worker and its process group, now.
+
+        Args:
+            worker: which.
+            reason: why, for its obituary; None when it is thought to be dying anyway.
+        """
+        hand = self._hands.get(worker)
+        if hand is None:
+            return
+        hand.kill_reason = hand.kill_reason or reason
+        if hand.pid is not None:
+            _kill_group(hand.pid)
+            return
+        late = self._clock() - hand.born >= self._start_timeout
+        if late or all(other.kill_reason for other in self._unborn.values()):
+            self._end_stuck_nursery(late)
+
+    def _end_stuck_nursery(self, late: bool) -> None:
+        """Nobody wants what the nursery has yet to fork, or it does not come to it (in a preload,
+        or stopped). Its end tells all that were ordered from it; the next order starts another."""
+        if self._nursery_pid is None:
+            return
+        if late:
+            self._nursery_word = (
+                f"the nursery did not start a worker within {self._start_timeout:g} s "
+                f"(preload={list(self._boot.preload)!r})"
+            )
+        os.kill(self._nursery_pid, signal.SIGKILL)
+
+    def calls_of(self, worker: int) -> int:
+        """How many calls a worker has begun."""
+        hand = self._hands.get(worker)
+        return 0 if hand is None else hand.calls()
+
+    # --- deaths ---------------------------------------------------------------------------
+
+    def reap(self) -> None:
+        """A child died (SIGCHLD came): find out who, tell how, and sweep up what they left."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                found = None
+            if found is None:
+                break
+            self._reap_one(found.si_pid)
+        if self._sweep_due:
+            self._sweep_due = False
+            self._sweep()
+
+    def _reap_one(self, pid: int) -> None:
+        hand = self._by_pid.get(pid)
+        if hand is None and pid != self._nursery_pid:
+            self._read_nursery()  # its birth may be announced and not yet read
+            hand = self._by_pid.get(pid)
+        if hand is None:
+            os.waitpid(pid, 0)
+            if pid == self._nursery_pid:
+                # What it (or a middleman of its) said last is still to be read, up to end-of-file.
+                self._nursery_pid = None
+            self._sweep_due = True
+            return
+        # Not reaped yet, so neither the pid nor the group can be anybody else's.
+        _kill_group(pid)
+        self._hear(hand)
+        _, status, usage = os.wait4(pid, 0)
+        del self._by_pid[pid]
+        self._sweep_due = True
+        self._bury(hand, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+
+    def _bury(self, hand: Hand, exitcode: int | None, peak: int | None, why: str = "") -> None:
+        self._hands.pop(hand.worker, None)
+        self._unborn.pop(hand.worker, None)
+        obituary = Obituary(
+            pid=hand.pid,
+            slot=hand.slot,
+            exitcode=exitcode,
+            age=self._clock() - hand.born,
+            peak_rss=peak,
+            calls=hand.calls(),
+            stack=read_stack(hand.page),
+            reason=why or (hand.kill_reason if exitcode in (None, -signal.SIGKILL) else None),
+        )
+        self._drop_control(hand)
+        os.close(hand.page)
+        self._listener.worker_exited(hand.worker, obituary)
+
+    def _sweep(self) -> None:
+        """Kill what dead workers left: children of this process that are neither worker nor nursery.
+
+        A living worker adopts its own orphans, so what has come to this process is a dead one's.
+        """
+        import psutil
+
+        try:
+            children = psutil.Process().children()
+        except psutil.Error:
+            return
+        self._read_nursery()  # a worker may have been born while we looked
+        for child in children:
+            if child.pid not in self._by_pid and child.pid != self._nursery_pid:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+
+    # --- the nursery ----------------------------------------------------------------------
+
+    def _send_orders(self) -> None:
+        nursery = self._nursery
+        if nursery is None:
+            return
+        while self._orders:
+            order, socks, pages = self._orders[0]
+            try:
+                socket.send_fds(nursery, [order], [socks[0].fileno(), pages[0]])
+            except BlockingIOError:
+                self._loop.change(nursery.fileno(), READ | WRITE)
+                return
+            except OSError:
+                break  # it is gone; its end-of-file, read in a moment, says so to all who wait
+            self._orders.popleft()
+            socks[0].close()
+        self._loop.change(nursery.fileno(), READ)
+
+    def _hear_nursery(self, events: int) -> None:
+        if events & WRITE:
+            self._send_orders()
+        if events & ~WRITE:
+            self._read_nursery()
+
+    def _read_nursery(self) -> None:
+        nursery = self._nursery
+        while nursery is not None:
+            try:
+                data = nursery.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._lose_nursery()
+                return
+            if data[0] == nurseries.BROKEN_KIND:
+                self._nursery_word = data[1:].decode("utf-8", "replace")
+                continue
+            kind, worker, pid = nurseries.BORN.unpack_from(data)
+            hand = self._unborn.pop(worker, None)
+            if hand is None:
+                continue
+            if kind == nurseries.UNBORN_KIND:
+                text = data[nurseries.BORN.size :].decode("utf-8", "replace")
+                self._bury(hand, None, None, f"no process could be started: {text}")
+                continue
+            hand.pid = pid
+            self._by_pid[pid] = hand
+            if hand.kill_reason is not None:
+                _kill_group(pid)
+
+    def _lose_nursery(self) -> None:
+        assert self._nursery is not None
+        self._loop.remove(self._nursery.fileno())
+        self._nursery.close()
+        self._nursery = None
+        while self._orders:
+            self._orders.popleft()[1][0].close()
+        word = self._nursery_word or "the nursery, which starts the workers, died"
+        for hand in list(self._unborn.values()):
+            self._bury(hand, None, None, word)
+
+    # --- the workers' own words -----------------------------------------------------------
+
+    def _hear(self, hand: Hand) -> None:
+        while hand.control.fileno() >= 0:
+            try:
+                data = hand.control.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop_control(hand)
+                if hand.pid in self._by_pid and not is_exiting(hand.pid):
+                    self.kill(hand.worker, "it closed its connection to the manager")
+                return
+            try:
+                bodies = hand.decoder.feed(data)
+            except ProtocolError as error:
+                self.kill(hand.worker, f"it sent nonsense to the manager: {error}")
+                return
+            for body in bodies:
+                if body[0] == frames.READY:
+                    self._listener.worker_ready(hand.worker)
+                elif body[0] == frames.FAILED:
+                    self._listener.worker_failed(hand.worker, frames.read_plain(body))
+
+    def _tell(self, hand: Hand, data: bytes, passed: socket.socket | None = None) -> bool:
+        """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""
+        try:
+            if passed is None:
+                hand.control.send(data)
+            else:
+                socket.send_fds(hand.control, [data], [passed.fileno()])
+        except BlockingIOError:
+            self.kill(hand.worker, "it does not read what the manager tells it")
+            return False
+        except OSError:
+            return False  # dead or dying: its exit is about to be reported
+        return True
+
+    def _drop_control(self, hand: Hand) -> None:
+        if hand.control.fileno() >= 0:
+            self._loop.remove(hand.control.fileno())
+            hand.control.close()
+
+    # --- the end --------------------------------------------------------------------------
+
+    def end_nursery(self) -> None:
+        """Kill the nursery and reap it; for the manager's own orderly end."""
+        pid = self._nursery_pid
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._nursery_pid = None
+        if self._nursery is not None:
+            self._lose_nursery()
+        self._sweep()
+
+
+def _kill_group(pid: int) -> None:
+    """SIGKILL to an unreaped child and to the group it leads."""
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
+__all__ = ["Crew", "Hand", "Listener"]

@@ -1,0 +1,64 @@
+"""How a worker ended: what the manager can still find out about it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from whitepool_mp.wire import messages
+
+_PF_EXITING = 0x4
+_LONGEST_STACK = 32_000
+
+
+@dataclass(frozen=True, slots=True)
+class Obituary:
+    """One worker's end. Times in seconds, memory in bytes; None is unknown.
+
+    `exitcode` is negative for a signal; `reason` says why the pool killed it, if it did.
+    """
+
+    pid: int | None
+    slot: int
+    exitcode: int | None
+    age: float
+    peak_rss: int | None
+    calls: int
+    stack: str | None
+    reason: str | None
+
+    def describe(self) -> str:
+        """One line, for a failed start."""
+        if self.exitcode is None:
+            return self.reason or "the worker did not start"
+        if self.reason is not None:
+            return f"the worker was killed while starting: {self.reason}"
+        how = f"exit code {self.exitcode}"
+        if self.exitcode < 0:
+            how = f"signal {-self.exitcode}"
+        text = f"the worker process ended with {how} before its factory returned"
+        return f"{text}\n{self.stack}" if self.stack else text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the wire."""
+        return asdict(self)
+
+
+def read_stack(page: int) -> str | None:
+    """What faulthandler wrote behind the shared page, or None."""
+    text = os.pread(page, _LONGEST_STACK, messages.PAGE_SIZE).decode("utf-8", "replace").strip()
+    return text or None
+
+
+def is_exiting(pid: int | None) -> bool:
+    """Whether an unreaped child is already on its way out (its exit code is settled).
+
+    Source: proc(5), /proc/pid/stat, field 9; PF_EXITING in the kernel's sched.h.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)

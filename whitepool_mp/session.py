@@ -1,0 +1,659 @@
+"""What users hold: a way to a pool's workers. Cheap to clone, pickle, and use from many threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from whitepool_mp.client.link import LinkBroken, TimedOut
+from whitepool_mp.client.member import Member, Ticket, refusal
+from whitepool_mp.config import MAX_WORKERS, check_timeout
+from whitepool_mp.errors import (
+    CheckoutTimeout,
+    LeaseError,
+    ManagerDied,
+    PoolClosed,
+    ShutdownTimeout,
+    WorkerDied,
+)
+from whitepool_mp.lease import Lease
+from whitepool_mp.wire import frames, messages, payload
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from whitepool_mp.aio import AsyncSession
+    from whitepool_mp.executor import SessionExecutor
+
+T = TypeVar("T")
+
+_CANCEL_SECONDS = 1.0
+"""How long a checkout whose time is up waits for the manager's last word (the numbers, the reason)."""
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A pool's counts at one moment.
+
+    Attributes:
+        name: the pool's name.
+        pool_size: how many workers it keeps.
+        max_overflow: how many more it starts when they are all leased.
+        state: "ready" (a worker is free or pool_size is not reached), "overflow" (all of pool_size
+            leased, more may start) or "full" (a non-blocking checkout would be refused).
+        available: idle workers, ready to be leased.
+        overflow: living workers above pool_size.
+        leased: workers somebody holds.
+        waiting: checkouts in the queue.
+        booting: workers that are being started.
+        retiring: workers on their way out.
+        draining: whether the pool is shutting down.
+        failing: whether workers fail to start, so that starts are tried one at a time, ever later.
+        last_failure: the last failed start's reason, or None.
+        counters: what happened so far, by name.
+    """
+
+    name: str
+    pool_size: int
+    max_overflow: int
+    state: str
+    available: int
+    overflow: int
+    leased: int
+    waiting: int
+    booting: int
+    retiring: int
+    draining: bool
+    failing: bool
+    last_failure: str | None
+    counters: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One worker at one moment; times in seconds, memory in bytes.
+
+    Attributes:
+        pid: process id, None before it has one.
+        slot: its slot.
+        state: "booting", "idle", "leased", "retiring" or "killed".
+        age: since its start was ordered.
+        since: how long it has been in this state.
+        calls: calls it has begun.
+        leases: how often it was leased.
+        rss: resident memory, None if it cannot be measured.
+        cpu_time: user and system time it has used.
+        created: its creation time as psutil gives it; with pid, its identity.
+        lease: the current lease's id.
+        holder_pid: the process that holds it.
+        holder_thread: the name of the thread that connected there.
+        site: the line that checked it out, "file.py:12".
+    """
+
+    pid: int | None
+    slot: int
+    state: str
+    age: float
+    since: float
+    calls: int
+    leases: int
+    rss: int | None
+    cpu_time: float | None
+    created: float | None
+    lease: int | None
+    holder_pid: int | None
+    holder_thread: str | None
+    site: str | None
+
+
+def caller_site() -> str:
+    """The line outside this package that the current call comes from."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return ""
+
+
+class Session:
+    """A running pool, as its users see it.
+
+    Got from `Pool(...)` as a context manager or from `Pool(...).run_service()`. Any number of threads
+    may use one; `clone()` and pickling give others that talk to the same pool, also from other
+    processes (a pickle holds the pool's key: send it only to whom you would let run code here). After
+    `os.fork` it works in both processes; leases stay with the parent.
+    """
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    def __reduce__(self) -> tuple[Callable[[Ticket], Session], tuple[Ticket]]:
+        return _join, (self._member.ticket,)
+
+    def __repr__(self) -> str:
+        member = self._member
+        return f"<Session of {member.name!r}{' closed' if member.closed else ''}>"
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._member.name
+
+    def clone(self) -> Session:
+        """Another session of the same pool (Whitepool's word; a session may as well be shared)."""
+        return Session(self._member)
+
+    # --- checkout and checkin -------------------------------------------------------------
+
+    def checkout(self, timeout: float | None = 5.0, *, block: bool = True) -> Lease:
+        """Lease a worker, for this caller alone, until it is checked in.
+
+        Args:
+            timeout: at most how many seconds to wait; None for as long as it takes.
+            block: False to be refused at once if every worker is leased and no more may start. (A
+                worker that is being started, or may be, is waited for.)
+
+        Returns:
+            The lease; use it as a context manager.
+
+        Raises:
+            CheckoutTimeout: no worker became free in time.
+            PoolFull: with block=False, all workers are leased.
+            FactoryFailed: no worker lives and none can be started; has the remote traceback.
+            PoolClosed: the pool was shut down.
+            ManagerDied: its manager process is gone.
+
+        Source: Poolboy's checkout/3, Whitepool's block_checkout and nonblock_checkout.
+        """
+        return self._checkout(check_timeout("timeout", timeout), block, caller_site())
+
+    def block_checkout(self, timeout: float | None = 5.0) -> Lease:
+        """`checkout(timeout)`, by Whitepool's name."""
+        return self._checkout(check_timeout("timeout", timeout), True, caller_site())
+
+    def nonblock_checkout(self) -> Lease:
+        """`checkout(block=False)`, by Whitepool's name."""
+        return self._checkout(5.0, False, caller_site())
+
+    def _checkout(self, seconds: float | None, block: bool, site: str) -> Lease:
+        member = self._member
+        if member.closed or member.draining:
+            raise member.closing()
+        link = member.link()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        number = link.next_number()
+        try:
+            link.send(frames.checkout(number, block, deadline, site))
+            body = link.wait(number, deadline)
+        except TimedOut:
+            raise self._too_late(number, seconds) from None
+        except LinkBroken:
+            raise member.gone() from None
+        except BaseException:
+            # Interrupted: whatever the manager answers, or has answered, is void.
+            try:
+                link.send(frames.request(frames.CANCEL, number))
+            except LinkBroken:
+                pass  # then there is no worker to give back either
+            raise
+        if body[0] == frames.GRANT:
+            return Lease(member, link, frames.read_grant(body))
+        raise refusal(frames.read_refused(body), member.name, seconds, block)
+
+    def _too_late(self, number: int, seconds: float | None) -> Exception:
+        """Cancel a checkout whose time is up; the manager's answer says what was in the way."""
+        member = self._member
+        link = member.link()
+        try:
+            link.send(frames.request(frames.CANCEL, number))
+            until = time.monotonic() + _CANCEL_SECONDS
+            body = link.wait(number, until)
+            if body[0] == frames.GRANT:  # it crossed the cancel, which makes it a checkin
+                body = link.wait(number, until)
+            return refusal(frames.read_refused(body), member.name, seconds, None)
+        except TimedOut:
+            return CheckoutTimeout(
+                f"no worker of pool {member.name!r} was granted within {seconds:g} s, and its "
+                "manager does not answer (stopped, or the machine is overloaded)"
+            )
+        except LinkBroken:
+            return member.gone()
+
+    def checkin(self, lease: Lease) -> None:
+        """Give a lease back, from any thread.
+
+        Raises:
+            LeaseError: it is another pool's, or was given back already.
+        """
+        self._own(lease).checkin()
+
+    def destroyed(self, lease: Lease) -> None:
+        """Say that a lease's resource is broken: its worker is killed and replaced.
+
+        Raises:
+            LeaseError: it is another pool's, or was given back already.
+        """
+        self._own(lease).destroy()
+
+    recycle = destroyed
+
+    def _own(self, lease: Lease) -> Lease:
+        if not isinstance(lease, Lease):
+            raise TypeError(f"a Lease is needed, not {payload.shorten(lease)}")
+        if lease._member.pool_id != self._member.pool_id:
+            raise LeaseError(
+                f"lease {lease.id} is of pool {lease.name!r}, and was given to pool {self.name!r}: "
+                "give it back to its own"
+            )
+        return lease
+
+    def transaction(self, fn: Callable[[Lease], T], timeout: float | None = 5.0) -> T:
+        """Check out, run `fn(lease)` here in the caller, check in.
+
+        Args:
+            fn: gets the lease.
+            timeout: as for `checkout`.
+
+        Returns:
+            What `fn` returned.
+
+        Raises:
+            Exception: as for `checkout`, and what `fn` raised.
+
+        Source: Poolboy's transaction/2.
+        """
+        with self._checkout(check_timeout("timeout", timeout), True, caller_site()) as lease:
+            return fn(lease)
+
+    # --- calls ----------------------------------------------------------------------------
+
+    def run(
+        self,
+        fn: Callable[..., T],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        with_resource: bool = False,
+        **kwargs: Any,
+    ) -> T:
+        """Check out, run `fn(*args, **kwargs)` in the worker, check in.
+
+        Args:
+            fn: any function; one that lives in no importable module travels by value.
+            args: its arguments.
+            timeout: at most how many seconds for all of it, waiting for a worker included; None
+                for as long as it takes.
+            with_resource: whether the worker's resource is the first argument.
+            kwargs: keyword arguments of `fn` (but `timeout` and `with_resource`: bind those with
+                `functools.partial`).
+
+        Returns:
+            What `fn` returned.
+
+        Raises:
+            Exception: what `fn` raised, in its own type, with the remote traceback as its cause.
+            CallTimeout: it took too long; its worker was killed and replaced.
+            WorkerDied: its worker died when it had begun. (A call that had not begun is given to
+                another worker.)
+            SerializationError: something cannot be pickled or unpickled.
+            CheckoutTimeout, FactoryFailed, PoolClosed, ManagerDied: as for `checkout`.
+        """
+        seconds = check_timeout("timeout", timeout)
+        flags = self._flags(with_resource)
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        site = caller_site()
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            with self._checkout(left, True, site) as lease:
+                try:
+                    value: T = lease._exchange(
+                        messages.CALL, flags, data, buffers, deadline, seconds, fn
+                    )
+                    return value
+                except WorkerDied as death:
+                    if death.started:
+                        raise
+
+    def _flags(self, with_resource: bool) -> int:
+        if not with_resource:
+            return 0
+        if not self._member.has_factory:
+            raise ValueError(
+                f"with_resource=True, but pool {self.name!r} has no factory and so no resources"
+            )
+        return messages.WITH_RESOURCE
+
+    def submit(
+        self,
+        fn: Callable[..., T],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        with_resource: bool = False,
+        **kwargs: Any,
+    ) -> Future[T]:
+        """Run `fn(*args, **kwargs)` in a worker, in the background.
+
+        Args:
+            fn, args, with_resource, kwargs: as for `run`.
+            timeout: at most how many seconds the call may run, from when a worker begins it.
+
+        Returns:
+            A `concurrent.futures.Future`. Its `cancel()` also ends a running call, by killing the
+            worker; its exceptions are those of `run`.
+
+        Raises:
+            SerializationError: the function or an argument cannot be pickled.
+            PoolClosed, ManagerDied: as for `checkout`.
+        """
+        from whitepool_mp.client.tasks import Task
+        from whitepool_mp.jobs import JobFuture
+
+        seconds = check_timeout("timeout", timeout)
+        flags = self._flags(with_resource)
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        name = payload.qualified_name(fn)
+        future = JobFuture(self._member, name)
+        task = Task(name, future, flags, seconds, data, buffers)
+        threaded = self._member.threaded()
+        future._task, future._threaded = task, threaded
+        threaded.submit(task, caller_site())
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        /,
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        ordered: bool = True,
+        progress: bool | str = False,
+        with_resource: bool = False,
+        return_exceptions: bool = False,
+    ) -> Iterator[T]:
+        """Run `fn` on each item (or on items of several iterables together) in the workers.
+
+        The input is read as the results are taken, at most a window ahead: it may be endless. Each
+        call ends on its own: one that raises, or whose worker dies, costs no other its result.
+
+        Args:
+            fn: the function; it is pickled once.
+            iterables: as for the built-in `map`.
+            timeout: at most how many seconds each call may run.
+            chunksize: how many calls to send to a worker together; None to have it measured.
+            ordered: False to have results in the order in which they come.
+            progress: True for a progress bar on standard error (tqdm's, when it is installed), or
+                its title.
+            with_resource: whether the worker's resource is the first argument.
+            return_exceptions: True to have an exception object in the place of a failed call's
+                result; otherwise it is raised there and ends the iteration.
+
+        Returns:
+            An iterator. Closing it leaves what no worker has begun undone.
+
+        Raises:
+            Exception: as for `run`, from the iterator.
+        """
+        from whitepool_mp.jobs import iterate, progress_bar
+
+        job = self._map_job(fn, iterables, timeout, chunksize, with_resource)
+        threaded = self._member.threaded()
+        site = caller_site()
+        job._send = lambda task: threaded.submit(task, site)
+        bar = progress_bar(progress, job.total, job.name)
+        return iterate(job, ordered, return_exceptions, bar)
+
+    def _map_job(
+        self,
+        fn: Callable[..., Any],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int | None,
+        with_resource: bool,
+    ) -> Any:
+        from whitepool_mp.jobs import MapJob, known_length
+
+        if not iterables:
+            raise TypeError("map() needs at least one iterable")
+        if chunksize is not None and (
+            isinstance(chunksize, bool) or not isinstance(chunksize, int) or chunksize < 1
+        ):
+            raise ValueError(f"chunksize: got {payload.shorten(chunksize)}; allowed: an int >= 1")
+        seconds = check_timeout("timeout", timeout)
+        flags = self._flags(with_resource)
+        inputs = zip(*iterables, strict=False)
+        total = known_length(iterables)
+        return MapJob(self._member, fn, inputs, total, flags, seconds, chunksize, _nowhere)
+
+    # --- looking --------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """The pool's counts now.
+
+        Raises:
+            PoolClosed, ManagerDied: the pool is gone.
+        """
+        return make_status(self._member.name, self._ask(frames.STATUS))
+
+    def workers(self) -> list[WorkerInfo]:
+        """A record of each worker, with what psutil measures now.
+
+        Raises:
+            PoolClosed, ManagerDied: the pool is gone.
+        """
+        return [WorkerInfo(**row) for row in self._ask(frames.WORKERS)]
+
+    def print_statistics(self, file: TextIO | None = None) -> None:
+        """Print the counts, one line for the pool and one for each worker.
+
+        Args:
+            file: where to; standard output if None.
+        """
+        print(statistics(self.status(), self.workers()), file=file)
+
+    def resize(self, pool_size: int | None = None, max_overflow: int | None = None) -> None:
+        """Change the pool's sizes while it runs; leased workers above them go when checked in.
+
+        Args:
+            pool_size: the new number of workers to keep, at least 1; None to leave it.
+            max_overflow: the new number of those above; None to leave it.
+
+        Raises:
+            ValueError, TypeError: an impossible size.
+        """
+        now = self.status()
+        size, overflow = check_sizes(pool_size, max_overflow, now)
+        link = self._member.link()
+        number = link.next_number()
+        try:
+            link.send(frames.resize(number, size, overflow))
+            link.wait(number, None)
+        except LinkBroken:
+            raise self._member.gone() from None
+        self._member.capacity = size + overflow
+
+    def _ask(self, kind: int) -> Any:
+        try:
+            return self._member.link().ask(kind)
+        except LinkBroken:
+            raise self._member.gone() from None
+
+    # --- other forms ----------------------------------------------------------------------
+
+    def aio(self) -> AsyncSession:
+        """The asyncio form of this session, for the running event loop."""
+        from whitepool_mp.aio import AsyncSession
+
+        return AsyncSession(self._member)
+
+    def executor(self) -> SessionExecutor:
+        """A `concurrent.futures.Executor` over this pool; shutting it down leaves the pool running."""
+        from whitepool_mp.executor import SessionExecutor
+
+        return SessionExecutor(self)
+
+    # --- the end --------------------------------------------------------------------------
+
+    def safe_shutdown(self, timeout: float | None = None) -> None:
+        """Refuse new checkouts, finish what was submitted, serve who waits, wait for all leases, end.
+
+        Doing it twice, or from several threads, is harmless. Called in a future's callback, it does
+        its work in a thread of its own and returns at once.
+
+        Args:
+            timeout: at most how many seconds; None for as long as the leases take. What is left
+                then is killed.
+
+        Raises:
+            ShutdownTimeout: not everything was given back in time; says what was killed.
+            ManagerDied: the manager process died meanwhile.
+        """
+        seconds = check_timeout("timeout", timeout)
+        member = self._member
+        engine = member.running_engine()
+        if engine is not None and engine.inside():
+            threading.Thread(target=self._drain, args=(seconds,), name="whitepool-shutdown").start()
+            return
+        self._drain(seconds)
+
+    def _drain(self, seconds: float | None) -> None:
+        member = self._member
+        if member.closed:
+            return
+        member.draining = True
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            engine = member.running_engine()
+            if engine is not None and not engine.wait_idle(deadline):
+                raise TimedOut
+            member.link().ask(frames.DRAIN, deadline)
+        except TimedOut:
+            raise self._cut_short(seconds) from None
+        except (LinkBroken, PoolClosed, ManagerDied):
+            self._after_the_end()
+            return
+        self._after_the_end()
+
+    def _after_the_end(self) -> None:
+        """The manager has ended, or is about to; raise only if that was not in order."""
+        member = self._member
+        if member.closed:
+            return
+        error = member.gone()
+        member.close()
+        if isinstance(error, ManagerDied):
+            raise error
+
+    def _cut_short(self, seconds: float | None) -> ShutdownTimeout:
+        try:
+            held = [
+                f"worker {row.slot} (pid {row.pid}), leased for {row.since:.1f} s by process "
+                f"{row.holder_pid} at {row.site}"
+                for row in (WorkerInfo(**r) for r in self._member.link().ask(frames.WORKERS, time.monotonic() + 1))
+                if row.state == "leased"
+            ]
+        except (TimedOut, LinkBroken, PoolClosed, ManagerDied):
+            held = []
+        self.terminate()
+        listed = "; ".join(held) if held else "nothing that the manager could name"
+        return ShutdownTimeout(
+            f"pool {self.name!r} did not drain within {seconds:g} s and was ended; killed: {listed}"
+        )
+
+    def terminate(self) -> None:
+        """End the pool now: every worker is killed, every waiter refused, running calls fail.
+
+        Harmless when it has ended already.
+        """
+        member = self._member
+        if member.closed:
+            return
+        if member.owner is None:
+            member.draining = True
+            try:
+                member.link().ask(frames.TERMINATE, time.monotonic() + 30)
+            except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
+                pass  # it is gone, or stuck, which its owner will see
+        member.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.terminate()
+            return
+        self._member.return_forgotten()
+        self.safe_shutdown()
+
+
+def _join(ticket: Ticket) -> Session:
+    return Session(Member.join(ticket))
+
+
+def _nowhere(task: Any) -> None:
+    raise AssertionError("a map was fed before it had an engine")
+
+
+def make_status(name: str, answer: dict[str, Any]) -> Status:
+    """A `Status` from the manager's answer."""
+    answer["available"] = answer.pop("idle")
+    return Status(name=name, **answer)
+
+
+def statistics(status: Status, workers: list[WorkerInfo]) -> str:
+    """The text of `print_statistics`."""
+    lines = [
+        f"<Pool {status.name!r} size={status.pool_size}+{status.max_overflow} "
+        f"idle={status.available} leased={status.leased} waiting={status.waiting} "
+        f"booting={status.booting} retiring={status.retiring} {status.state}>"
+    ]
+    for row in sorted(workers, key=lambda row: (row.slot, row.age)):
+        memory = "?" if row.rss is None else f"{row.rss / 2**20:.1f}"
+        cpu = "?" if row.cpu_time is None else f"{row.cpu_time:.2f}"
+        held = f" held by {row.holder_pid} at {row.site}" if row.holder_pid else ""
+        lines.append(
+            f"  slot {row.slot}: pid {row.pid} {row.state} for {row.since:.1f} s, {row.calls} calls, "
+            f"{memory} MiB, cpu {cpu} s{held}"
+        )
+    return "\n".join(lines)
+
+
+def check_sizes(pool_size: int | None, max_overflow: int | None, now: Status) -> tuple[int, int]:
+    """The sizes a resize asks for.
+
+    Raises:
+        TypeError, ValueError: they are impossible.
+    """
+    result = []
+    for name, value, present, least in (
+        ("pool_size", pool_size, now.pool_size, 1),
+        ("max_overflow", max_overflow, now.max_overflow, 0),
+    ):
+        given = present if value is None else value
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise TypeError(f"{name}: got {payload.shorten(given)}; allowed: an int >= {least}")
+        if given < least or given > MAX_WORKERS:
+            raise ValueError(f"{name}: got {given}; allowed: {least} to {MAX_WORKERS}")
+        result.append(given)
+    return result[0], result[1]
+
+
+__all__ = ["Session", "Status", "WorkerInfo"]

@@ -1,0 +1,1 @@
+"""The bytes between processes: control frames, call messages, payloads. Nothing here decides."""

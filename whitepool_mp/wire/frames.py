@@ -1,0 +1,333 @@
+"""Control frames: what clients, the manager and the workers say to each other about workers.
+
+    client  --CHECKOUT, CHECKIN, ...-->  manager  --ADOPT, RETIRE-->  worker
+            <--GRANT, REFUSED, ...----            <--READY, FAILED--
+
+A frame is a length and a body, the length in the form that `multiprocessing.connection` uses
+(`!i`). A body is one byte of kind, then fixed fields, then at most one text or JSON tail. There
+is no I/O in this module: `FrameDecoder` takes bytes and gives bodies; encoders give bytes.
+
+Guarantees: a frame longer than `MAX_FRAME` or shorter than its fields raises `ProtocolError`, and
+decoding never runs code that a peer chose (no pickle here).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+from whitepool_mp.errors import ProtocolError
+
+MAX_FRAME = 1 << 20
+"""Longest body accepted, in bytes."""
+
+KEY_BYTES = 32
+NONCE_BYTES = 32
+MEMBER_BYTES = 16
+
+_LENGTH = struct.Struct("!i")
+
+# Client to manager.
+AUTH = 1
+CHECKOUT = 2
+CANCEL = 3
+CHECKIN = 4
+DESTROY = 5
+OPEN = 6
+WHY = 7
+STATUS = 8
+WORKERS = 9
+RESIZE = 10
+DRAIN = 11
+TERMINATE = 12
+# Manager to client.
+CHALLENGE = 64
+WELCOME = 65
+DENIED = 66
+GRANT = 67
+REFUSED = 68
+CHANNEL = 69
+REPLY = 70
+# Between manager and worker.
+ADOPT = 128
+RETIRE = 129
+READY = 130
+FAILED = 131
+
+REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
+
+_REQUEST = struct.Struct("!BI")
+_AUTH = struct.Struct("!B32s32s16sI")
+_CHECKOUT = struct.Struct("!BIBd")
+_LEASE = struct.Struct("!BQ")
+_REQUEST_LEASE = struct.Struct("!BIQ")
+_RESIZE = struct.Struct("!BIII")
+_NONCE = struct.Struct("!B32s")
+_GRANT = struct.Struct("!BIQIII")
+_REFUSED = struct.Struct("!BIB")
+_CHANNEL = struct.Struct("!BIB")
+
+
+class Auth(NamedTuple):
+    """The answer to a challenge: who asks, and the proof that it has the pool's key."""
+
+    nonce: bytes
+    proof: bytes
+    member: bytes
+    pid: int
+    thread: str
+
+
+class Checkout(NamedTuple):
+    """A request for a worker; `deadline` is a time of the system-wide monotonic clock, in seconds."""
+
+    request: int
+    block: bool
+    deadline: float | None
+    site: str
+
+
+class Grant(NamedTuple):
+    """A worker is yours."""
+
+    request: int
+    lease: int
+    worker: int
+    pid: int
+    slot: int
+
+
+class Refused(NamedTuple):
+    """No worker for you, and why."""
+
+    request: int
+    why: str
+    detail: str
+
+
+class FrameDecoder:
+    """Bytes in, bodies out, however they were cut on the way."""
+
+    __slots__ = ("_buffer", "_limit")
+
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Add received bytes and return every body that is now whole.
+
+        Raises:
+            ProtocolError: a length that is negative, zero or over the limit.
+        """
+        buffer = self._buffer
+        if not buffer and len(data) >= 5:
+            # Almost always exactly one frame arrives: spare it the copy through the buffer.
+            (length,) = _LENGTH.unpack_from(data)
+            if length == len(data) - 4:
+                if length > self._limit:
+                    raise ProtocolError(f"a frame of {length} bytes (at most {self._limit})")
+                return [data[4:]]
+        buffer += data
+        bodies = []
+        start, end = 0, len(buffer)
+        while end - start >= 4:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if not 0 < length <= self._limit:
+                raise ProtocolError(f"a frame of {length} bytes (1 to {self._limit} are allowed)")
+            if end - start - 4 < length:
+                break
+            bodies.append(bytes(buffer[start + 4 : start + 4 + length]))
+            start += 4 + length
+        if start:
+            del buffer[:start]
+        return bodies
+
+
+def frame(body: bytes) -> bytes:
+    """A body with its length in front."""
+    return _LENGTH.pack(len(body)) + body
+
+
+def _unpack(layout: struct.Struct, body: bytes) -> tuple[Any, ...]:
+    try:
+        return layout.unpack_from(body)
+    except struct.error:
+        raise ProtocolError(f"a frame of kind {body[0]} is cut short: {len(body)} bytes") from None
+
+
+def _text(body: bytes, start: int) -> str:
+    return body[start:].decode("utf-8", "replace")
+
+
+def _clip(text: str, limit: int = 60_000) -> bytes:
+    """Text as bytes, its middle left out when it is long enough to burst a frame."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= limit:
+        return data
+    half = limit // 2
+    return data[:half] + b"\n... (shortened) ...\n" + data[-half:]
+
+
+# --- requests ---------------------------------------------------------------------------------
+
+
+def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str) -> bytes:
+    """Answer to CHALLENGE."""
+    return frame(_AUTH.pack(AUTH, nonce, proof, member, pid) + _clip(thread, 200))
+
+
+def read_auth(body: bytes) -> Auth:
+    """Decode AUTH."""
+    _, nonce, proof, member, pid = _unpack(_AUTH, body)
+    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size))
+
+
+def checkout(request: int, block: bool, deadline: float | None, site: str) -> bytes:
+    """Ask for a worker."""
+    when = float("inf") if deadline is None else deadline
+    return frame(_CHECKOUT.pack(CHECKOUT, request, block, when) + _clip(site, 400))
+
+
+def read_checkout(body: bytes) -> Checkout:
+    """Decode CHECKOUT."""
+    _, request, block, deadline = _unpack(_CHECKOUT, body)
+    if deadline != deadline:
+        raise ProtocolError("a checkout whose deadline is not a number")
+    return Checkout(
+        request,
+        bool(block),
+        None if deadline == float("inf") else deadline,
+        _text(body, _CHECKOUT.size),
+    )
+
+
+def request(kind: int, number: int) -> bytes:
+    """A request without fields: CANCEL, STATUS, WORKERS, DRAIN or TERMINATE."""
+    return frame(_REQUEST.pack(kind, number))
+
+
+def read_request(body: bytes) -> int:
+    """The number of a request (or reply) of any kind that has one."""
+    number: int = _unpack(_REQUEST, body)[1]
+    return number
+
+
+def checkin(lease: int) -> bytes:
+    """Give a worker back. It is not answered."""
+    return frame(_LEASE.pack(CHECKIN, lease))
+
+
+def destroy(lease: int, reason: str) -> bytes:
+    """Have a leased worker replaced. It is not answered."""
+    return frame(_LEASE.pack(DESTROY, lease) + _clip(reason, 400))
+
+
+def read_lease(body: bytes) -> tuple[int, str]:
+    """Decode CHECKIN or DESTROY: the lease and the reason."""
+    _, lease = _unpack(_LEASE, body)
+    return lease, _text(body, _LEASE.size)
+
+
+def request_lease(kind: int, number: int, lease: int) -> bytes:
+    """OPEN (a channel to the leased worker, please) or WHY (its channel broke: what happened?)."""
+    return frame(_REQUEST_LEASE.pack(kind, number, lease))
+
+
+def read_request_lease(body: bytes) -> tuple[int, int]:
+    """Decode OPEN or WHY: the request's number and the lease."""
+    _, number, lease = _unpack(_REQUEST_LEASE, body)
+    return number, lease
+
+
+def resize(number: int, pool_size: int, max_overflow: int) -> bytes:
+    """Ask for other sizes."""
+    return frame(_RESIZE.pack(RESIZE, number, pool_size, max_overflow))
+
+
+def read_resize(body: bytes) -> tuple[int, int, int]:
+    """Decode RESIZE."""
+    _, number, pool_size, max_overflow = _unpack(_RESIZE, body)
+    return number, pool_size, max_overflow
+
+
+# --- replies ----------------------------------------------------------------------------------
+
+
+def challenge(nonce: bytes) -> bytes:
+    """The manager's first word."""
+    return frame(_NONCE.pack(CHALLENGE, nonce))
+
+
+def welcome(proof: bytes) -> bytes:
+    """The manager's proof that it has the key too."""
+    return frame(_NONCE.pack(WELCOME, proof))
+
+
+def read_nonce(body: bytes) -> bytes:
+    """Decode CHALLENGE or WELCOME."""
+    nonce: bytes = _unpack(_NONCE, body)[1]
+    return nonce
+
+
+def grant(request: int, lease: int, worker: int, pid: int, slot: int) -> bytes:
+    """Answer to CHECKOUT: here it is."""
+    return frame(_GRANT.pack(GRANT, request, lease, worker, pid, slot))
+
+
+def read_grant(body: bytes) -> Grant:
+    """Decode GRANT."""
+    return Grant._make(_unpack(_GRANT, body)[1:])
+
+
+def refused(request: int, why: str, detail: str) -> bytes:
+    """Answer to CHECKOUT or CANCEL: no."""
+    return frame(_REFUSED.pack(REFUSED, request, REFUSALS.index(why)) + _clip(detail))
+
+
+def read_refused(body: bytes) -> Refused:
+    """Decode REFUSED."""
+    _, number, why = _unpack(_REFUSED, body)
+    if why >= len(REFUSALS):
+        raise ProtocolError(f"an unknown refusal {why}")
+    return Refused(number, REFUSALS[why], _text(body, _REFUSED.size))
+
+
+def channel(number: int, opened: bool) -> bytes:
+    """Answer to OPEN. If opened, it carries two descriptors: the socket and the worker's page."""
+    return frame(_CHANNEL.pack(CHANNEL, number, opened))
+
+
+def read_channel(body: bytes) -> bool:
+    """Decode CHANNEL: whether descriptors came with it."""
+    return bool(_unpack(_CHANNEL, body)[2])
+
+
+def reply(number: int, value: Any) -> bytes:
+    """Answer to WHY, STATUS, WORKERS, RESIZE, DRAIN and TERMINATE, as JSON."""
+    import json
+
+    return frame(_REQUEST.pack(REPLY, number) + json.dumps(value).encode())
+
+
+def read_reply(body: bytes) -> Any:
+    """Decode REPLY."""
+    import json
+
+    try:
+        return json.loads(body[_REQUEST.size :])
+    except ValueError as error:
+        raise ProtocolError(f"a reply that is not JSON: {error}") from None
+
+
+# --- manager and worker ---------------------------------------------------------------------
+
+
+def plain(kind: int, text: str = "") -> bytes:
+    """ADOPT (with a descriptor), RETIRE, READY, FAILED (with the traceback) or DENIED."""
+    return frame(bytes((kind,)) + _clip(text))
+
+
+def read_plain(body: bytes) -> str:
+    """The text of a plain frame."""
+    return _text(body, 1)

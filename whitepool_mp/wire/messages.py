@@ -1,0 +1,268 @@
+"""Call messages: what the holder of a lease and its worker say on their direct channel.
+
+    client  --CALL | METHOD | BATCH | RELEASE-->  worker
+            <--RESULT | ERROR (one for each call, in order)--
+
+A message is a 24-byte head, the sizes of its out-of-band buffers, a pickle and the buffers:
+
+    kind u8 | flags u8 | buffers u16 | number u32 | token u64 | pickle length u64
+
+`number` counts the calls of a lease. `token` is the lease id in a request (the worker refuses an
+older one than it has seen) and the call's duration in nanoseconds in an answer.
+
+`MessageReader` is the protocol without I/O: ask it where to put the next bytes, tell it how many
+came, take whole messages out. Small messages cost one receive; large buffers are received straight
+into the memory in which they stay.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from whitepool_mp.errors import ProtocolError
+
+CALL = 1
+METHOD = 2
+BATCH = 3
+RELEASE = 4
+RESULT = 5
+ERROR = 6
+
+# Flags of a request.
+SPLIT = 1
+"""The payload is a function's pickle and, apart, its arguments' pickle."""
+WITH_RESOURCE = 2
+"""The call gets the worker's resource as its first argument."""
+
+# Flags of a RESULT.
+REFERENCE = 1
+"""The payload names an object that stays in the worker (METHOD's results that cannot travel)."""
+
+# Flags of an ERROR: at which step.
+RAISED = 0
+LOADING = 1
+DUMPING = 2
+FENCED = 3
+
+HEAD = struct.Struct("<BBHIQQ")
+PAGE = struct.Struct("<QQ")
+PAGE_SIZE = mmap.PAGESIZE
+"""The worker's page, shared with its holder and the manager: the token of the call begun last, and
+how many calls were begun. Memory outlives the worker, so a holder can tell whether its call began."""
+
+_SIZE = struct.Struct("<I")
+_BUFFER = 64 * 1024
+_IN_OWN_MAPPING = 256 * 1024
+_LARGEST = 1 << 46
+_GATHER = 512
+
+
+class Message(NamedTuple):
+    """A whole message; `payload` is valid until the reader is next asked for room."""
+
+    kind: int
+    flags: int
+    number: int
+    token: int
+    payload: memoryview
+    buffers: Sequence[Any]
+
+    def load(self) -> Any:
+        """Unpickle the payload with its buffers."""
+        return pickle.loads(self.payload, buffers=self.buffers)
+
+
+def started_token(lease: int, number: int) -> int:
+    """What a worker writes on its page when it begins a call: one number, so that it is never torn."""
+    return (lease << 24 | number & 0xFFFFFF) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def pack(
+    kind: int,
+    flags: int,
+    number: int,
+    token: int,
+    payload: bytes,
+    buffers: Sequence[pickle.PickleBuffer] = (),
+) -> list[bytes | memoryview]:
+    """A message as pieces to write one after the other; one piece when it is small."""
+    head = HEAD.pack(kind, flags, len(buffers), number, token, len(payload))
+    if not buffers:
+        if len(payload) < _BUFFER:
+            return [head + payload]
+        return [head, payload]
+    raws = [buffer.raw() for buffer in buffers]
+    sizes = struct.pack(f"<{len(raws)}Q", *(raw.nbytes for raw in raws))
+    return [head + sizes, payload, *raws]
+
+
+def pack_split(function: bytes, arguments: bytes) -> bytes:
+    """The payload of a SPLIT call."""
+    return _SIZE.pack(len(function)) + function + arguments
+
+
+def read_split(payload: memoryview) -> tuple[bytes, memoryview]:
+    """The function's pickle and the arguments' of a SPLIT call."""
+    (size,) = _SIZE.unpack_from(payload)
+    return bytes(payload[4 : 4 + size]), payload[4 + size :]
+
+
+def pack_batch(function: bytes, items: Sequence[bytes]) -> bytes:
+    """The payload of a BATCH: one function, the arguments of each call."""
+    parts = [_SIZE.pack(len(function)), function]
+    for item in items:
+        parts.append(_SIZE.pack(len(item)))
+        parts.append(item)
+    return b"".join(parts)
+
+
+def read_batch(payload: memoryview) -> tuple[bytes, list[bytes]]:
+    """The function's pickle and those of each call's arguments."""
+    (size,) = _SIZE.unpack_from(payload)
+    at = 4 + size
+    function = bytes(payload[4:at])
+    items = []
+    end = len(payload)
+    while at < end:
+        (size,) = _SIZE.unpack_from(payload, at)
+        items.append(bytes(payload[at + 4 : at + 4 + size]))
+        at += 4 + size
+    return function, items
+
+
+def room(size: int) -> Any:
+    """Writable memory for one incoming buffer; large ones are not touched before they are filled."""
+    if size < _IN_OWN_MAPPING:
+        return bytearray(size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class MessageReader:
+    """Received bytes in, whole messages out, without a copy of large ones.
+
+    Use: `n = sock.recv_into(reader.want()); reader.received(n)`, then `pop()` until it is None.
+    """
+
+    __slots__ = ("_begin", "_buffer", "_end", "_head", "_parts", "_targets", "_view")
+
+    def __init__(self) -> None:
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._begin = 0
+        self._end = 0
+        # A message too large for the buffer: its head, all its parts, what is yet to be filled.
+        self._head: tuple[int, int, int, int] | None = None
+        self._parts: list[Any] = []
+        self._targets: list[memoryview] = []
+
+    def want(self) -> memoryview:
+        """Where the next bytes belong. Never empty."""
+        if self._targets:
+            return self._targets[-1]
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._end == _BUFFER:
+            rest = self._buffer[self._begin : self._end]
+            self._buffer[: len(rest)] = rest
+            self._begin, self._end = 0, len(rest)
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        """`count` bytes were written to what `want` returned."""
+        if self._targets:
+            target = self._targets[-1]
+            if count < len(target):
+                self._targets[-1] = target[count:]
+            else:
+                self._targets.pop()
+        else:
+            self._end += count
+
+    @property
+    def clean(self) -> bool:
+        """Whether no part of a message is waiting for its rest."""
+        return self._head is None and self._begin == self._end
+
+    def pop(self) -> Message | None:
+        """The next whole message, or None.
+
+        Raises:
+            ProtocolError: the bytes are no message.
+        """
+        if self._head is not None:
+            if self._targets:
+                return None
+            kind, flags, number, token = self._head
+            parts, self._parts, self._head = self._parts, [], None
+            return Message(kind, flags, number, token, memoryview(parts[0]), parts[1:])
+        available = self._end - self._begin
+        if available < HEAD.size:
+            return None
+        begin = self._begin
+        kind, flags, count, number, token, length = HEAD.unpack_from(self._buffer, begin)
+        if not CALL <= kind <= ERROR or length > _LARGEST:
+            raise ProtocolError(f"no message begins with {bytes(self._view[begin : begin + 24])!r}")
+        body = begin + HEAD.size
+        if not count:
+            end = body + length
+            if end <= self._end:
+                self._begin = end
+                return Message(kind, flags, number, token, self._view[body:end], ())
+            if length <= _BUFFER - HEAD.size:
+                return None
+            sizes: tuple[int, ...] = ()
+        else:
+            if available < HEAD.size + 8 * count:
+                if HEAD.size + 8 * count > _BUFFER:
+                    raise ProtocolError(f"a message of {count} buffers")
+                return None
+            sizes = struct.unpack_from(f"<{count}Q", self._buffer, body)
+            if sum(sizes) > _LARGEST:
+                raise ProtocolError(f"a message of {sum(sizes)} bytes")
+            body += 8 * count
+        self._head = (kind, flags, number, token)
+        self._collect(body, [length, *sizes])
+        return self.pop()
+
+    def _collect(self, at: int, sizes: list[int]) -> None:
+        """Make room for a large message's parts and move in what has come of them already."""
+        self._parts = [room(size) if size else b"" for size in sizes]
+        targets = []
+        for part in self._parts:
+            view = memoryview(part)
+            have = min(len(view), self._end - at)
+            if have:
+                view[:have] = self._view[at : at + have]
+                at += have
+            if have < len(view):
+                targets.append(view[have:])
+        self._begin = at
+        targets.reverse()
+        self._targets = targets
+
+
+def send_all(sock: Any, pieces: list[bytes | memoryview]) -> None:
+    """Write a whole message to a blocking socket, gathering its pieces from where they lie."""
+    if len(pieces) == 1:
+        sock.sendall(pieces[0])
+        return
+    rest = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+    while rest:
+        drop_sent(rest, sock.sendmsg(rest[:_GATHER]))
+
+
+def drop_sent(rest: list[memoryview], sent: int) -> None:
+    """Take `sent` bytes off the front of what is left to write."""
+    done = 0
+    for piece in rest:
+        if sent < len(piece):
+            break
+        sent -= len(piece)
+        done += 1
+    del rest[:done]
+    if sent:
+        rest[0] = rest[0][sent:]

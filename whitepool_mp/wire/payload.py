@@ -1,0 +1,228 @@
+"""Objects to bytes and back: plain pickle first, cloudpickle for what lives in no importable module.
+
+Pickle protocol 5 throughout: buffers of 16 KiB and more travel beside the pickle, from where they
+lie. A pickle that names `__main__` is made again by value, since the worker's `__main__` is not
+the caller's. What cannot be pickled or unpickled raises `SerializationError`, which names it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
+
+OUT_OF_BAND = 16 * 1024
+"""Buffers of at least this many bytes travel beside the pickle."""
+
+MAX_BUFFERS = 60_000
+
+_FAILURE = struct.Struct("<II")
+
+Dumped = tuple[bytes, list[pickle.PickleBuffer]]
+
+
+def dumps(value: Any) -> Dumped:
+    """Pickle a value.
+
+    Returns:
+        The pickle and the buffers that travel beside it.
+
+    Raises:
+        Exception: whatever the value's own pickling raises, when cloudpickle fails as well.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+
+    def keep_inside(buffer: pickle.PickleBuffer) -> bool:
+        if len(buffers) >= MAX_BUFFERS or buffer.raw().nbytes < OUT_OF_BAND:
+            return True
+        buffers.append(buffer)
+        return False
+
+    try:
+        data = pickle.dumps(value, 5, buffer_callback=keep_inside)
+        if b"__main__" not in data:
+            return data, buffers
+    except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
+        pass
+    import cloudpickle
+
+    buffers.clear()
+    return cloudpickle.dumps(value, 5, buffer_callback=keep_inside), buffers
+
+
+def dumps_inside(value: Any) -> bytes:
+    """Pickle a value with all its buffers inside (for values that are kept or are small)."""
+    try:
+        data = pickle.dumps(value, 5)
+        if b"__main__" not in data:
+            return data
+    except Exception:  # as above
+        pass
+    import cloudpickle
+
+    result: bytes = cloudpickle.dumps(value, 5)
+    return result
+
+
+loads = pickle.loads
+
+
+def qualified_name(function: Any) -> str:
+    """The name by which a reader knows a function: `module.qualname`, or its repr."""
+    while hasattr(function, "func") and hasattr(function, "keywords"):  # functools.partial
+        function = function.func
+    name = getattr(function, "__qualname__", None)
+    if name is None:
+        return shorten(function)
+    module = getattr(function, "__module__", None)
+    return f"{module}.{name}" if module not in (None, "builtins", "__main__") else str(name)
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """A repr fit for an error message; never raises."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def dump_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dumped:
+    """Pickle a call as one object.
+
+    Raises:
+        SerializationError: the function or an argument cannot be pickled; says which.
+    """
+    try:
+        return dumps((function, args, kwargs))
+    except Exception as error:
+        raise _culprit(function, args, kwargs, error) from error
+
+
+def dump_arguments(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Dumped:
+    """Pickle the arguments of a call alone, for a function that is pickled once for many calls.
+
+    Raises:
+        SerializationError: as for `dump_call`.
+    """
+    try:
+        return dumps((args, kwargs))
+    except Exception as error:
+        raise _culprit(function, args, kwargs, error) from error
+
+
+def dump_function(function: Callable[..., Any], what: str = "function") -> bytes:
+    """Pickle a function (or a factory, a teardown: `what` is the word for the error).
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    try:
+        return dumps_inside(function)
+    except Exception as error:
+        raise SerializationError(
+            f"the {what} {qualified_name(function)} cannot be pickled: "
+            f"{type(error).__name__}: {error}. What it refers to (a closure's variables, globals of "
+            "a script) travels with it: build such things inside the worker instead"
+        ) from error
+
+
+def _culprit(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    error: Exception,
+) -> SerializationError:
+    name = qualified_name(function)
+    parts: list[tuple[str, Any]] = [(f"the function {name}", function)]
+    parts += [(f"argument {i} of {name}", value) for i, value in enumerate(args)]
+    parts += [(f"argument {key!r} of {name}", value) for key, value in kwargs.items()]
+    for what, value in parts:
+        try:
+            dumps_inside(value)
+        except Exception as reason:
+            shown = "" if value is function else f" ({shorten(value)})"
+            return SerializationError(
+                f"{what}{shown} cannot be pickled: {type(reason).__name__}: {reason}"
+            )
+    return SerializationError(
+        f"the call of {name} cannot be pickled: {type(error).__name__}: {error}"
+    )
+
+
+# --- exceptions -------------------------------------------------------------------------------
+
+
+def dump_failure(error: BaseException, traceback_text: str) -> bytes:
+    """Pickle an exception so that the other side can always tell at least its name and traceback."""
+    try:
+        name = type(error).__qualname__
+        module = type(error).__module__
+        if module not in ("builtins", "__main__"):
+            name = f"{module}.{name}"
+        message = str(error)
+    except Exception as failing:
+        name, message = type(error).__name__, f"<its str() raised {type(failing).__name__}>"
+    outer = pickle.dumps((name, message, traceback_text), 5)
+    try:
+        inner = dumps_inside(error)
+    except Exception:  # it cannot travel: the other side is told by name
+        inner = b""
+    return _FAILURE.pack(len(outer), len(inner)) + outer + inner
+
+
+def load_failure(data: bytes | memoryview) -> BaseException:
+    """The exception that `dump_failure` pickled, with the remote traceback as its cause.
+
+    Returns:
+        The exception in its own type, or a `RemoteError` that names it if it cannot be rebuilt.
+    """
+    outer_size, inner_size = _FAILURE.unpack_from(data)
+    start = _FAILURE.size
+    name, message, text = loads(data[start : start + outer_size])
+    problem = "it could not be pickled"
+    if inner_size:
+        try:
+            error = loads(data[start + outer_size : start + outer_size + inner_size])
+            if isinstance(error, BaseException):
+                error.__cause__ = RemoteTraceback(text)
+                return error
+            problem = f"it unpickles as a {type(error).__name__}"
+        except Exception as failing:
+            problem = f"unpickling it here raised {type(failing).__name__}: {failing}"
+    wrapped = RemoteError(
+        f"{name}: {message} (the exception itself did not travel: {problem})",
+        type_name=name,
+        message=message,
+        remote_traceback=text,
+    )
+    wrapped.__cause__ = RemoteTraceback(text)
+    return wrapped
+
+
+def failure_traceback(data: bytes | memoryview) -> str:
+    """The traceback text alone; unpickles nothing of the user's."""
+    outer_size, _ = _FAILURE.unpack_from(data)
+    start = _FAILURE.size
+    text: str = loads(data[start : start + outer_size])[2]
+    return text
+
+
+__all__ = [
+    "Dumped",
+    "dump_arguments",
+    "dump_call",
+    "dump_failure",
+    "dump_function",
+    "dumps",
+    "failure_traceback",
+    "load_failure",
+    "loads",
+    "qualified_name",
+    "shorten",
+]

@@ -1,0 +1,118 @@
+"""A worker from birth to death: arm the switch, build the resource, serve, tear down.
+
+    nursery --fork--> run() --READY--> Server.run() --RETIRE--> teardown --> exit code 0
+                        |--FAILED(traceback)--> exit code 1
+
+A worker that cannot say what happened (killed, crashed) says nothing: the manager is its parent and
+reads its exit status; `faulthandler` has by then written the Python stack beside the page.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import mmap
+import os
+import resource as limits
+import signal
+import socket
+import sys
+import traceback
+from typing import NoReturn
+
+from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire.boot import Boot
+from whitepool_mp.worker import context, linux
+from whitepool_mp.worker.serve import Server, flush_output
+
+
+def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> NoReturn:
+    """Be a worker. Never returns: the process ends here, whatever happens.
+
+    Args:
+        boot: what the pool's processes were told at the start.
+        slot: this worker's slot.
+        control_fd: the socket to the manager.
+        page_fd: the memory file with the shared page; a crash report goes behind the page.
+        lifeline: the read end of the manager's pipe.
+    """
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        _lifeline = linux.die_with(lifeline)
+        linux.adopt_orphans()
+        _prepare(boot, slot, page_fd)
+        code = _live(boot, control_fd, page_fd)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        flush_output()
+        os._exit(code & 0xFF)
+
+
+def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    # The manager raised its own limit of descriptors; programs that use select() want the usual one.
+    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+    limits.setrlimit(limits.RLIMIT_NOFILE, (min(soft, boot_soft_limit(hard)), hard))
+    atexit._clear()
+    sys.argv[:] = boot.argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)  # what was printed before a crash is seen
+    os.lseek(page_fd, messages.PAGE_SIZE, os.SEEK_SET)
+    faulthandler.enable(page_fd, all_threads=True)
+    if "numpy" in sys.modules:  # forked copies would all draw the same numbers
+        sys.modules["numpy"].random.seed()
+    context._set(context.WorkerContext(slot, os.getpid(), boot.name))
+
+
+def boot_soft_limit(hard: int) -> int:
+    """The soft limit of descriptors that a worker gets: the usual 1024, or less if it must be."""
+    return 1024 if hard == limits.RLIM_INFINITY else min(1024, hard)
+
+
+def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
+    control = socket.socket(fileno=control_fd)
+    control.setblocking(True)
+    page = mmap.mmap(page_fd, messages.PAGE_SIZE)
+    resource = None
+    if boot.factory is not None:
+        try:
+            resource = payload.loads(boot.factory)()
+        except BaseException as error:
+            text = "".join(traceback.format_exception(type(error), error, _beyond(error)))
+            control.sendall(frames.plain(frames.FAILED, text))
+            return 1
+    teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
+    control.sendall(frames.plain(frames.READY))
+    server = Server(control, page, resource, boot.factory is not None)
+    os.register_at_fork(after_in_child=server.close_inherited)
+    if not server.run():
+        return 0
+    if teardown is not None:
+        teardown(resource)
+    atexit._run_exitfuncs()
+    return 0
+
+
+def _beyond(error: BaseException) -> object:
+    """The traceback without this module's own frame."""
+    trace = error.__traceback__
+    return trace.tb_next if trace is not None and trace.tb_next is not None else trace
+
+
+def main(boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) -> NoReturn:
+    """Be a worker in a fresh interpreter (`start_method="loky"`)."""
+    from whitepool_mp.wire import boot as boots
+
+    boot = boots.read(boot_fd)
+    os.close(boot_fd)
+    run(boot, slot, control_fd, page_fd, lifeline)

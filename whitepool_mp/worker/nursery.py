@@ -1,0 +1,211 @@
+"""The nursery: a single-threaded process that forks workers, so that a start needs no imports.
+
+    manager --SPAWN(id, slot) + descriptors--> nursery --fork--> middleman --fork--> worker
+            <--BORN(id, pid)-------------------------------------'   (exits at once)
+
+The middleman's exit makes the worker a child of the manager (which adopts orphans): the manager
+itself learns how a worker ended, and the nursery's death harms no worker. The middleman says BORN
+before it exits, so a child of the manager's that no BORN announced is never a worker.
+
+The nursery is forked from the manager, single-threaded as well, so it costs no interpreter start.
+It imports the user's `preload` modules: a failure there is reported and ends it; the manager starts
+another when it next wants a worker. When the manager dies without a word (SIGKILL), the nursery
+removes the pool's folder and kills whatever still carries the pool's marker; the kernel
+has killed the workers by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import traceback
+from typing import NoReturn
+
+from whitepool_mp.wire import boot as boots
+from whitepool_mp.wire.boot import Boot
+from whitepool_mp.worker import linux
+
+SPAWN = struct.Struct("!BQI")
+BORN = struct.Struct("!BQI")
+SPAWN_KIND = 1
+BORN_KIND = 2
+UNBORN_KIND = 3
+BROKEN_KIND = 4
+MAX_TEXT = 32_000
+
+
+def main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
+    """Be the nursery, in a process just forked from the manager. Never returns.
+
+    Args:
+        boot: what the pool's processes were told at the start.
+        sock: the nursery's end of the socket pair (SOCK_SEQPACKET: several processes write to it).
+        lifeline: the read end of the manager's pipe.
+    """
+    code = 1
+    try:
+        _leave_manager(sock.fileno(), lifeline)
+        _Nursery(boot, sock, lifeline).run()
+        code = 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _leave_manager(*keep: int) -> None:
+    """Drop what the fork copied: every descriptor but ours (or end-of-file would never come)."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    previous = 2
+    for fd in sorted(keep):
+        os.closerange(previous + 1, fd)
+        previous = fd
+    os.closerange(previous + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+class _Nursery:
+    def __init__(self, boot: Boot, sock: socket.socket, lifeline: int) -> None:
+        self._boot = boot
+        self._sock = sock
+        self._lifeline = lifeline
+        self._boot_fd = -1
+
+    def run(self) -> None:
+        os.environ.update(self._boot.env)
+        if self._boot.start_method == "loky":
+            import loky.backend.fork_exec  # noqa: F401
+
+            self._boot_fd = boots.write(self._boot)
+        elif not self._preload():
+            return
+        elif b"cloudpickle" in (self._boot.factory or b""):
+            import cloudpickle  # noqa: F401
+        gc.collect()
+        gc.freeze()
+        warm = False
+        poller = select.poll()
+        poller.register(self._sock.fileno(), select.POLLIN)
+        while True:
+            if not warm and not poller.poll(0):
+                self._warm_up()
+                warm = True
+            data, fds, _, _ = socket.recv_fds(self._sock, 64, 4)
+            if not data:
+                break
+            _, worker, slot = SPAWN.unpack(data)
+            self._spawn(worker, slot, fds)
+        self._clean_up()
+
+    def _preload(self) -> bool:
+        if not self._boot.preload:
+            return True
+        # While user code runs here, the kernel ends this process with the manager.
+        spare = os.dup(self._lifeline)
+        armed = linux.die_with(spare)
+        sys.argv[:] = self._boot.argv
+        for name in self._boot.preload:
+            try:
+                importlib.import_module(name)
+            except BaseException:
+                text = f"preload of {name!r} failed:\n{traceback.format_exc()}"
+                self._sock.send(bytes((BROKEN_KIND,)) + text.encode()[-MAX_TEXT:])
+                return False
+        linux.disarm(armed)
+        os.close(armed)
+        return True
+
+    def _warm_up(self) -> None:
+        """Nothing to do yet: import what the next workers will want."""
+        if self._boot.start_method == "forkserver":
+            import cloudpickle  # noqa: F401
+
+            gc.collect()
+            gc.freeze()
+
+    def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            middleman = os.fork()
+        except OSError as error:
+            self._unborn(worker, error)
+        else:
+            if middleman == 0:
+                self._middleman(worker, slot, *fds)
+            os.waitpid(middleman, 0)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _unborn(self, worker: int, error: OSError) -> None:
+        text = f"{type(error).__name__}: {error}"
+        self._sock.send(BORN.pack(UNBORN_KIND, worker, 0) + text.encode()[-MAX_TEXT:])
+
+    def _middleman(self, worker: int, slot: int, control_fd: int, page_fd: int) -> NoReturn:
+        try:
+            if self._boot.start_method == "loky":
+                pid = self._exec(slot, control_fd, page_fd)
+            else:
+                pid = os.fork()
+                if pid == 0:
+                    self._sock.close()
+                    from whitepool_mp.worker import main as worker_main
+
+                    worker_main.run(self._boot, slot, control_fd, page_fd, self._lifeline)
+            self._sock.send(BORN.pack(BORN_KIND, worker, pid))
+        except OSError as error:
+            self._unborn(worker, error)
+        finally:
+            os._exit(0)
+
+    def _exec(self, slot: int, control_fd: int, page_fd: int) -> int:
+        from loky.backend.fork_exec import fork_exec
+
+        keep = (self._boot_fd, control_fd, page_fd, self._lifeline)
+        command = boots.command(
+            self._boot_fd, "whitepool_mp.worker.main", slot, control_fd, page_fd, self._lifeline
+        )
+        pid: int = fork_exec(command, keep)
+        return pid
+
+    def _clean_up(self) -> None:
+        """The manager is gone. If it went in order there is nothing left to do here."""
+        folder = self._boot.folder
+        if not os.path.isdir(folder):
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        kill_marked(self._boot.pool_id)
+
+
+def kill_marked(pool_id: str) -> None:
+    """Kill every process born with the pool's marker, but not this one.
+
+    What a worker left behind may have detached itself from every other trace of the pool; its
+    environment at birth still tells. It ends with a pass that finds nobody new.
+    """
+    import psutil
+
+    killed = {psutil.Process()}
+    while True:
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process not in killed and process.environ().get(boots.MARKER) == pool_id:
+                    process.kill()
+                    found.add(process)
+        if not found:
+            return
+        killed |= found
