@@ -412,8 +412,13 @@ class Observer:
         if isinstance(self.event, Cancel):
             answers = [answer for answer in self.answers if answer[:2] == self.event]
             assert len(answers) == 1, "a cancel is answered once"
-        if self.asking in self.waiting and not self.asking.block:
-            assert len(leased) + len(self.waiting) <= self.limit, "would wait for a checkin"
+        for place, ticket in enumerate(self.waiting):
+            assert ticket.block or len(leased) + place < self.limit, "would wait for a checkin"
+        if self.asking in self.waiting and self.attempt and not booting:
+            # It waits for a later attempt or for a checkin, and can.
+            assert self.asking.block
+            deadline = self.asking.deadline
+            assert self.live or deadline is None or deadline >= self.not_before
         assert not (self.waiting and self.idle), "waits while a worker is idle"
         if len(self.alive) > self.limit:
             assert not booting, "booting above the limit"
@@ -558,10 +563,10 @@ class BrokerMachine(RuleBasedStateMachine):
         ticket = self.books.asking
         assert ticket is not None
 
-    @rule(count=st.integers(2, 8), pick=PICK)
-    def rush(self, count: int, pick: int) -> None:
+    @rule(count=st.integers(2, 8), pick=PICK, block=st.sampled_from([True, True, False]))
+    def rush(self, count: int, pick: int, block: bool) -> None:
         for number in range(count):
-            self.checkout(pick + number, True, None)
+            self.checkout(pick + number, block, None)
 
     @precondition(lambda self: self.books.open())
     @rule(pick=PICK)
@@ -730,6 +735,13 @@ class BrokerMachine(RuleBasedStateMachine):
     def resize(self, pool_size: int, max_overflow: int, pick: int) -> None:
         if pick == 0:
             self.send(Resize(pool_size, max_overflow or int(pool_size == 0)))
+
+    @precondition(lambda self: self.books.limit > 1)
+    @precondition(lambda self: any(not t.block for t in self.books.waiting))
+    @rule()
+    def shrink_by_one(self) -> None:
+        pool_size = min(self.books.pool_size, self.books.limit - 1)
+        self.send(Resize(pool_size, self.books.limit - 1 - pool_size))
 
     @precondition(lambda self: self.last_ticket > 6)
     @rule(pick=st.integers(0, 3))

@@ -172,8 +172,7 @@ class Moves:
                     return
                 detail = "the deadline had passed when its turn came"
                 self._refuse(waiter.client, waiter.ticket, "timeout", detail, out)
-            over = others >= self._pool_size
-            if not self._draining and not (over and self._policy.overflow_ttl <= 0):
+            if others < self._pool_size or self._policy.overflow_ttl > 0:
                 self._roster.rest(worker, now)
                 return
         self._counters["retired"] += 1

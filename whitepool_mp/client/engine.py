@@ -104,8 +104,10 @@ class Engine:
         self._decoder = frames.FrameDecoder()
         self._fds: deque[int] = deque()
         self._outbox = bytearray()
+        self._writing = False
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_lock = threading.RLock()  # a collected lease posts from anywhere
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._epoll.register(self._sock.fileno(), select.EPOLLIN)
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -130,10 +132,9 @@ class Engine:
     def post(self, function: Callable[..., None], *args: Any) -> None:
         """Have the driver's thread call `function(*args)` soon; from any thread."""
         self._posted.append((function, args))
-        try:
-            os.eventfd_write(self._wake, 1)
-        except OSError:
-            return  # closed: nobody waits for it any more
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def next_deadline(self) -> float | None:
         """When `pump` must be called at the latest, on the monotonic clock."""
@@ -181,10 +182,11 @@ class Engine:
             channel.close()
         self._channels.clear()
         self._by_fd.clear()
-        if self._wake >= 0:
-            self._epoll.close()
-            os.close(self._wake)
-            self._wake = -1
+        with self._wake_lock:
+            if self._wake >= 0:
+                self._epoll.close()
+                os.close(self._wake)
+                self._wake = -1
 
     # --- requests to the manager ----------------------------------------------------------
 
@@ -276,8 +278,9 @@ class Engine:
         except OSError:
             return  # reading finds out
         del self._outbox[:sent]
-        events = select.EPOLLIN | (select.EPOLLOUT if self._outbox else 0)
-        if self._outbox or sent == 0:
+        if bool(self._outbox) is not self._writing:
+            self._writing = bool(self._outbox)
+            events = select.EPOLLIN | (select.EPOLLOUT if self._writing else 0)
             self._epoll.modify(self._sock.fileno(), events)
 
     def _run_posted(self) -> None:
@@ -316,8 +319,6 @@ class Engine:
                 heard(body)
             elif body[0] == frames.CHANNEL and frames.read_channel(body):
                 raise ProtocolError("a channel that nobody asked for")
-        if not self._outbox:
-            self._epoll.modify(self._sock.fileno(), select.EPOLLIN)
 
     def _gone(self) -> WhitepoolError:
         member = self._member()
@@ -381,6 +382,7 @@ class Engine:
                 self.checkin(lease)
             else:
                 self.start(task, lease)
+                self._want()
             return
         refused = frames.read_refused(body)
         member = self._member()
@@ -657,5 +659,6 @@ class Threaded:
     def forked(self) -> None:
         """In a forked child, where the thread is not."""
         self.stopped = True
+        self.engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
         self.engine.discard()
 

@@ -96,7 +96,7 @@ class Member:
             if self.closed:
                 raise self.gone()
             try:
-                link = Link(self.path, self._key, self._token)
+                link = Link(*self.joining())
             except LinkBroken:
                 raise self.gone() from None
             self._links.add(link)
@@ -117,6 +117,10 @@ class Member:
         if not self.closed and os.path.exists(self.path):
             return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")
         return PoolClosed(f"{title} was shut down: no worker can be had from it; make a new pool")
+
+    def joining(self) -> tuple[str, bytes, bytes]:
+        """What a connection needs to join: path, key and this membership's token."""
+        return self.path, self._key, self._token
 
     def closing(self) -> WhitepoolError:
         """The error for a checkout after a shutdown was begun here."""
@@ -181,7 +185,7 @@ class Member:
                     raise self.gone()
                 from whitepool_mp.client.engine import Threaded
 
-                self._threaded = Threaded(self.path, self._key, self._token, weakref.ref(self))
+                self._threaded = Threaded(*self.joining(), weakref.ref(self))
             return self._threaded
 
     def running_engine(self) -> Threaded | None:
@@ -191,8 +195,11 @@ class Member:
     # --- the end --------------------------------------------------------------------------
 
     def close(self) -> None:
-        """The pool has ended: let go of everything here."""
-        self.closed = True
+        """The pool has ended: let go of everything here. Twice is harmless."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
         if self._threaded is not None:
             self._threaded.stop()
         if self.owner is not None:

@@ -130,6 +130,13 @@ class Owner:
             self._signal(signal.SIGKILL)
             self.wait(None)
 
+    def ask_to_end(self) -> int | None:
+        """Ask the manager to end the pool; a descriptor readable when it has, None if it has."""
+        if self._reaped:
+            return None
+        self._signal(signal.SIGTERM)
+        return self._pidfd
+
     def _signal(self, number: int) -> None:
         with self._lock:
             if not self._reaped:

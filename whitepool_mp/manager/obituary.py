@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from whitepool_mp.wire import messages
 
 _PF_EXITING = 0x4
 _LONGEST_STACK = 32_000
+_OWN_FRAME = re.compile(r'File ".*/whitepool_mp/(worker|manager)/\w+\.py"|File "<string>", line \d+ in <module>')
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,11 @@ class Obituary:
 
 
 def read_stack(page: int) -> str | None:
-    """What faulthandler wrote behind the shared page, or None."""
+    """What faulthandler wrote behind the shared page, or None; without the worker's own frames."""
     text = os.pread(page, _LONGEST_STACK, messages.PAGE_SIZE).decode("utf-8", "replace").strip()
-    return text or None
+    if not text:
+        return None
+    return "\n".join(line for line in text.splitlines() if not _OWN_FRAME.search(line))
 
 
 def is_exiting(pid: int | None) -> bool:

@@ -1,0 +1,705 @@
+"""The asyncio form: the same pool, driven by the event loop, without a thread of its own.
+
+    AsyncSession --> Engine (non-blocking) <-- add_reader(epoll), call_at(next deadline) -- loop
+
+Cancelling a task that waits for a worker gives the place in the queue up; cancelling one whose call
+runs kills the worker, which is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from whitepool_mp.client.engine import Engine, EngineLease
+from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.client.member import Member, refusal
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.config import check_timeout
+from whitepool_mp.errors import (
+    CallTimeout,
+    CheckoutTimeout,
+    LeaseError,
+    ManagerDied,
+    PoolClosed,
+    SerializationError,
+    ShutdownTimeout,
+)
+from whitepool_mp.jobs import MapJob, Ordering, open_answer, progress_bar
+from whitepool_mp.session import (
+    Session,
+    Status,
+    WorkerInfo,
+    caller_site,
+    check_sizes,
+    make_status,
+    statistics,
+)
+from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire.messages import Message
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+_CANCEL_SECONDS = 1.0
+_PATIENCE = 10.0
+
+
+class _Driver:
+    """An engine in an event loop."""
+
+    def __init__(self, member: Member, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        try:
+            self.engine = Engine(*member.joining(), weakref.ref(member))
+        except LinkBroken:
+            raise member.gone() from None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle: list[asyncio.Future[None]] = []
+        self.closed = False
+        loop.add_reader(self.engine.fileno(), self.pump)
+
+    def pump(self) -> None:
+        """Something is ready or due."""
+        self.engine.pump(0)
+        self.settle()
+
+    def settle(self) -> None:
+        """After anything was asked of the engine: send it, and wake up when it is next due."""
+        if self.closed:
+            return
+        self.engine.flush()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.engine.next_deadline()
+        if due is not None:
+            delay = max(0.0, due - time.monotonic())
+            self._timer = self.loop.call_later(delay, self.pump)
+        if self._idle and self.engine.idle:
+            waiting, self._idle = self._idle, []
+            for future in waiting:
+                _resolve(future, None)
+
+    async def wait_idle(self) -> None:
+        """Wait until no job is queued or running."""
+        if not self.engine.idle and not self.closed:
+            future: asyncio.Future[None] = self.loop.create_future()
+            self._idle.append(future)
+            await future
+
+    def close(self) -> None:
+        """Leave the event loop."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.loop.remove_reader(self.engine.fileno())
+        self.engine.close()
+        for future in self._idle:
+            _resolve(future, None)
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    """Give a future its result or exception, unless it was cancelled."""
+    if future.done():
+        return
+    if isinstance(value, BaseException):
+        # asyncio refuses StopIteration in a future; a generator would too.
+        if isinstance(value, StopIteration):
+            wrapped = RuntimeError(f"the call raised {value!r}")
+            wrapped.__cause__ = value
+            value = wrapped
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+
+
+class _FutureSink:
+    """Hears of one call on behalf of an asyncio future."""
+
+    def __init__(self, future: asyncio.Future[Any], name: str, pool: str) -> None:
+        self._future = future
+        self._name = name
+        self._pool = pool
+        self.lease: AsyncLease | None = None
+
+    def began(self, task: Task) -> bool:
+        return not self._future.done()
+
+    def answered(self, task: Task, index: int, message: Message) -> None:
+        returned, value = open_answer(message, self._name, self._pool)
+        if returned and message.flags & messages.REFERENCE and self.lease is not None:
+            value = AsyncProxy(self.lease, *value)
+        if not self._future.done():
+            if returned:
+                self._future.set_result(value)
+            else:
+                _resolve(self._future, value)
+
+    def failed(self, task: Task, index: int, error: BaseException) -> None:
+        _resolve(self._future, error)
+
+
+class AsyncSession:
+    """A running pool for code in an event loop; made by `async with Pool(...)` or `session.aio()`.
+
+    It belongs to the event loop in which it is first used. The names and meanings are those of
+    `Session`; what waits there is awaited here.
+    """
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._running: _Driver | None = None
+        self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        member = self._member
+        return f"<AsyncSession of {member.name!r}{' closed' if member.closed else ''}>"
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._member.name
+
+    def clone(self) -> AsyncSession:
+        """Another session of the same pool, for another event loop for instance."""
+        return AsyncSession(self._member)
+
+    def session(self) -> Session:
+        """The blocking form."""
+        return Session(self._member)
+
+    def _driver(self) -> _Driver:
+        member = self._member
+        if member.closed or member.draining:
+            raise member.closing()
+        return self._any_driver()
+
+    def _any_driver(self) -> _Driver:
+        loop = asyncio.get_running_loop()
+        driver = self._running
+        if driver is None or self._process != os.getpid() or driver.engine.broken is not None:
+            if driver is not None and self._process == os.getpid():
+                driver.close()
+            self._running = driver = _Driver(self._member, loop)
+            self._process = os.getpid()
+        elif driver.loop is not loop:
+            raise RuntimeError(
+                f"this session of pool {self.name!r} belongs to another event loop: use "
+                "session.clone() for this one"
+            )
+        return driver
+
+    # --- checkout and checkin -------------------------------------------------------------
+
+    def checkout(self, timeout: float | None = 5.0, *, block: bool = True) -> AsyncCheckout:
+        """Lease a worker: `async with session.checkout() as lease`, or `await session.checkout()`.
+
+        Arguments and errors are those of `Session.checkout`.
+        """
+        return AsyncCheckout(self, check_timeout("timeout", timeout), block, caller_site())
+
+    def block_checkout(self, timeout: float | None = 5.0) -> AsyncCheckout:
+        """`checkout(timeout)`, by Whitepool's name."""
+        return AsyncCheckout(self, check_timeout("timeout", timeout), True, caller_site())
+
+    def nonblock_checkout(self) -> AsyncCheckout:
+        """`checkout(block=False)`, by Whitepool's name."""
+        return AsyncCheckout(self, 5.0, False, caller_site())
+
+    async def _checkout(self, seconds: float | None, block: bool, site: str) -> AsyncLease:
+        driver = self._driver()
+        engine, loop = driver.engine, driver.loop
+        future: asyncio.Future[Any] = loop.create_future()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        ticket = engine.checkout(block, deadline, site, lambda value: _resolve(future, value))
+        driver.settle()
+        timers: list[asyncio.TimerHandle] = []
+
+        def too_late() -> None:
+            # The refusal that answers the cancel says what was in the way.
+            if not future.done():
+                engine.cancel_checkout(ticket, lambda value: _resolve(future, value))
+                driver.settle()
+                timers.append(loop.call_later(_CANCEL_SECONDS, no_answer))
+
+        def no_answer() -> None:
+            _resolve(
+                future,
+                CheckoutTimeout(
+                    f"no worker of pool {self.name!r} was granted within {seconds:g} s, and its "
+                    "manager does not answer (stopped, or the machine is overloaded)"
+                ),
+            )
+
+        if seconds is not None:
+            timers.append(loop.call_later(seconds, too_late))
+        try:
+            value = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                granted = future.result()
+                if isinstance(granted, EngineLease):
+                    engine.checkin(granted)
+            else:
+                engine.cancel_checkout(ticket, None)
+            driver.settle()
+            raise
+        finally:
+            for timer in timers:
+                timer.cancel()
+        if isinstance(value, EngineLease):
+            return AsyncLease(self._member, driver, value)
+        raise refusal(value, self.name, seconds, block)
+
+    async def checkin(self, lease: AsyncLease) -> None:
+        """Give a lease back.
+
+        Raises:
+            LeaseError: it is another pool's, or was given back already.
+        """
+        await self._own(lease).checkin()
+
+    async def destroyed(self, lease: AsyncLease) -> None:
+        """Say that a lease's resource is broken: its worker is killed and replaced.
+
+        Raises:
+            LeaseError: it is another pool's, or was given back already.
+        """
+        await self._own(lease).destroy()
+
+    recycle = destroyed
+
+    def _own(self, lease: AsyncLease) -> AsyncLease:
+        if not isinstance(lease, AsyncLease):
+            raise TypeError(f"an AsyncLease is needed, not {payload.shorten(lease)}")
+        if lease._member.pool_id != self._member.pool_id:
+            raise LeaseError(
+                f"lease {lease.id} is of pool {lease.name!r}, and was given to pool {self.name!r}: "
+                "give it back to its own"
+            )
+        return lease
+
+    async def transaction(
+        self, fn: Callable[[AsyncLease], Awaitable[T]], timeout: float | None = 5.0
+    ) -> T:
+        """Check out, `await fn(lease)` here, check in."""
+        async with AsyncCheckout(
+            self, check_timeout("timeout", timeout), True, caller_site()
+        ) as lease:
+            return await fn(lease)
+
+    # --- calls ----------------------------------------------------------------------------
+
+    async def run(
+        self,
+        fn: Callable[..., T],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        with_resource: bool = False,
+        **kwargs: Any,
+    ) -> T:
+        """Run `fn(*args, **kwargs)` in a worker; arguments and errors are those of `Session.run`."""
+        seconds = check_timeout("timeout", timeout)
+        flags = Session(self._member)._flags(with_resource)
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        name = payload.qualified_name(fn)
+        driver = self._driver()
+        future: asyncio.Future[T] = driver.loop.create_future()
+        task = Task(name, _FutureSink(future, name, self.name), flags, None, data, buffers)
+        driver.engine.submit(task, caller_site())
+        driver.settle()
+        return await self._await_task(driver, task, future, seconds)
+
+    async def _await_task(
+        self, driver: _Driver, task: Task, future: asyncio.Future[T], seconds: float | None
+    ) -> T:
+        def too_late() -> None:
+            if future.done():
+                return
+            error: Exception
+            if task.runner is None:
+                error = CheckoutTimeout(
+                    f"no worker of pool {self.name!r} became free for {task.name} within "
+                    f"{seconds:g} s"
+                )
+            else:
+                error = CallTimeout(
+                    f"{task.name} took longer than {seconds:g} s in worker {task.runner.slot} of "
+                    f"pool {self.name!r} (pid {task.runner.pid}); the worker was killed and is "
+                    "being replaced"
+                )
+            future.set_exception(error)
+            driver.engine.cancel(task)
+            driver.settle()
+
+        timer = None if seconds is None else driver.loop.call_later(seconds, too_late)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not driver.closed:
+                driver.engine.cancel(task)
+                driver.settle()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def map(
+        self,
+        fn: Callable[..., T],
+        /,
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        ordered: bool = True,
+        progress: bool | str = False,
+        with_resource: bool = False,
+        return_exceptions: bool = False,
+    ) -> AsyncIterator[T]:
+        """Run `fn` on each item: `async for y in session.map(fn, xs)`; as `Session.map`."""
+        session = Session(self._member)
+        job: MapJob = session._map_job(fn, iterables, timeout, chunksize, with_resource)
+        driver = self._driver()
+        site = caller_site()
+        job._send = lambda task: driver.engine.submit(task, site)
+        bar = progress_bar(progress, job.total, job.name)
+        came = asyncio.Event()
+        job.notify = came.set
+        ordering = Ordering(ordered)
+        handed = 0
+        try:
+            while True:
+                job.feed()
+                driver.settle()
+                while (result := job.take()) is not None:
+                    ordering.add(*result)
+                    if bar is not None:
+                        bar.update(1)
+                found = ordering.pop()
+                if found is None:
+                    if job.exhausted and handed == job.read:
+                        return
+                    came.clear()
+                    await came.wait()
+                    continue
+                handed += 1
+                returned, value = found
+                if not returned and not return_exceptions:
+                    raise value
+                yield value
+        finally:
+            job.close()
+            if bar is not None:
+                bar.close()
+
+    # --- looking --------------------------------------------------------------------------
+
+    async def _ask(self, kind: int) -> Any:
+        driver = self._any_driver()
+        future: asyncio.Future[Any] = driver.loop.create_future()
+        driver.engine.request(kind, lambda value: _resolve(future, value))
+        driver.settle()
+        return await future
+
+    async def status(self) -> Status:
+        """The pool's counts now."""
+        self._driver()
+        return make_status(self.name, await self._ask(frames.STATUS))
+
+    async def workers(self) -> list[WorkerInfo]:
+        """A record of each worker, with what psutil measures now."""
+        self._driver()
+        return [WorkerInfo(**row) for row in await self._ask(frames.WORKERS)]
+
+    async def print_statistics(self, file: TextIO | None = None) -> None:
+        """Print the counts, one line for the pool and one for each worker."""
+        print(statistics(await self.status(), await self.workers()), file=file)
+
+    async def resize(self, pool_size: int | None = None, max_overflow: int | None = None) -> None:
+        """Change the pool's sizes while it runs; as `Session.resize`."""
+        size, overflow = check_sizes(pool_size, max_overflow, await self.status())
+        driver = self._driver()
+        future: asyncio.Future[Any] = driver.loop.create_future()
+        driver.engine.resize(size, overflow, lambda value: _resolve(future, value))
+        driver.settle()
+        await future
+        self._member.capacity = size + overflow
+
+    # --- the end --------------------------------------------------------------------------
+
+    async def safe_shutdown(self, timeout: float | None = None) -> None:
+        """Refuse new checkouts, finish what was begun, serve who waits, wait for all leases, end.
+
+        Arguments and errors are those of `Session.safe_shutdown`.
+        """
+        seconds = check_timeout("timeout", timeout)
+        member = self._member
+        if member.closed:
+            return
+        driver = self._any_driver()
+        member.draining = True
+        try:
+            await asyncio.wait_for(self._drain(driver), seconds)
+        except asyncio.TimeoutError:
+            await self.terminate()
+            raise ShutdownTimeout(
+                f"pool {self.name!r} did not drain within {seconds:g} s and was ended: its workers "
+                "were killed"
+            ) from None
+        except PoolClosed:
+            pass  # somebody else ended it meanwhile
+        await self._end()
+
+    async def _drain(self, driver: _Driver) -> None:
+        threaded = self._member.running_engine()
+        if threaded is not None and not threaded.engine.idle:
+            await driver.loop.run_in_executor(None, threaded.wait_idle)
+        await driver.wait_idle()
+        await self._ask(frames.DRAIN)
+
+    async def terminate(self) -> None:
+        """End the pool now: every worker is killed, every waiter refused, running calls fail."""
+        member = self._member
+        if member.closed:
+            return
+        if member.owner is None:
+            member.draining = True
+            try:
+                await self._ask(frames.TERMINATE)
+            except (PoolClosed, ManagerDied):
+                pass  # it is gone already
+        await self._end()
+
+    async def _end(self) -> None:
+        """See the manager off, if it is ours, and let go of everything here."""
+        member = self._member
+        owner = member.owner
+        pidfd = owner.ask_to_end() if owner is not None and not member.closed else None
+        if pidfd is not None:
+            loop = asyncio.get_running_loop()
+            ended: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(pidfd, lambda: _resolve(ended, None))
+            try:
+                await asyncio.wait_for(ended, _PATIENCE)
+            except asyncio.TimeoutError:
+                pass  # stuck: `close` kills it
+            finally:
+                loop.remove_reader(pidfd)
+        if self._running is not None:
+            self._running.close()
+        member.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            await self.terminate()
+        else:
+            await self.safe_shutdown()
+
+
+class AsyncCheckout:
+    """What `AsyncSession.checkout` returns: await it for the lease, or use it with `async with`."""
+
+    def __init__(self, session: AsyncSession, seconds: float | None, block: bool, site: str):
+        self._session = session
+        self._args = (seconds, block, site)
+        self._lease: AsyncLease | None = None
+
+    def __await__(self) -> Generator[Any, None, AsyncLease]:
+        return self._session._checkout(*self._args).__await__()
+
+    async def __aenter__(self) -> AsyncLease:
+        self._lease = await self
+        return self._lease
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None and lease.valid:
+            await lease.checkin()
+
+
+class AsyncLease:
+    """One checked-out worker, for code in an event loop; as `Lease`.
+
+    Attributes:
+        id, pid, slot, name: as of `Lease`.
+    """
+
+    def __init__(self, member: Member, driver: _Driver, lease: EngineLease) -> None:
+        self.id = lease.id
+        self.pid = lease.pid
+        self.slot = lease.slot
+        self.name = member.name
+        self._member = member
+        self._driver = driver
+        self._lease = lease
+        self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        state = "valid" if self.valid else self._lease.ended or "of another process"
+        return f"<AsyncLease {self.id} of {self.name!r} slot={self.slot} pid={self.pid} {state}>"
+
+    @property
+    def valid(self) -> bool:
+        """Whether it may be used."""
+        return self._lease.ended is None and self._process == os.getpid()
+
+    def _check(self) -> None:
+        if not self.valid:
+            raise LeaseError(
+                f"lease {self.id} of pool {self.name!r} was used after it was "
+                f"{self._lease.ended or 'forked'}: check out another"
+            )
+
+    def get(self) -> Any:
+        """A proxy of the worker's resource, whose methods are awaited; as `Lease.get`."""
+        self._check()
+        if not self._member.has_factory:
+            raise LeaseError(
+                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
+                "give Pool(factory=...), or use lease.call(fn, ...)"
+            )
+        return AsyncProxy(self, 0, "resource")
+
+    async def call(
+        self, fn: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Run `fn(resource, *args, **kwargs)` in the worker; as `Lease.call`."""
+        seconds = check_timeout("timeout", timeout)
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
+        name = payload.qualified_name(fn)
+        return await self._send(messages.CALL, flags, data, buffers, name, seconds)
+
+    async def _method(
+        self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            data, buffers = payload.dumps((target, name, args, kwargs))
+        except Exception as error:
+            raise SerializationError(
+                f"the arguments of method {name!r}, {payload.shorten(args)} "
+                f"{payload.shorten(kwargs)}, cannot be pickled: {type(error).__name__}: {error}"
+            ) from error
+        return await self._send(messages.METHOD, 0, data, buffers, name, None)
+
+    async def _send(
+        self, kind: int, flags: int, data: bytes, buffers: Any, name: str, seconds: float | None
+    ) -> Any:
+        self._check()
+        if self._lease.task is not None:
+            raise LeaseError(
+                f"lease {self.id} of pool {self.name!r} is in use by a call of another task: a "
+                "worker does one thing at a time, so check out one for each task"
+            )
+        driver = self._driver
+        future: asyncio.Future[Any] = driver.loop.create_future()
+        sink = _FutureSink(future, name, self.name)
+        sink.lease = self
+        task = Task(name, sink, flags, seconds, data, buffers, kind=kind)
+        driver.engine.start(task, self._lease)
+        driver.settle()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            driver.engine.cancel(task)
+            driver.settle()
+            raise
+
+    async def checkin(self) -> None:
+        """Give the worker back. A worker with a call still running is replaced, not reused.
+
+        Raises:
+            LeaseError: it was given back already.
+        """
+        self._check()
+        if self._lease.task is not None:
+            await self.destroy()
+            return
+        self._driver.engine.checkin(self._lease)
+        self._driver.settle()
+
+    async def destroy(self) -> None:
+        """Have the worker killed and replaced; a call still running ends with `LeaseError`.
+
+        Raises:
+            LeaseError: it was given back already.
+        """
+        self._check()
+        task = self._lease.task
+        if task is not None:
+            self._driver.engine.cancel(task)
+            error = LeaseError(f"lease {self.id} of pool {self.name!r} ended under a running call")
+            task.sink.failed(task, 0, error)
+        else:
+            self._driver.engine.destroy(self._lease, "its holder had it destroyed")
+        self._driver.settle()
+
+    def __del__(self) -> None:
+        lease = getattr(self, "_lease", None)
+        if lease is None or lease.ended is not None or self._process != os.getpid():
+            return
+        if self._driver.closed:
+            return  # its connection is closed, and the manager has taken the worker back
+        warnings.warn(
+            f"lease {self.id} of pool {self.name!r} was never checked in; it is now",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        self._driver.engine.post(self._driver.engine.checkin, lease)
+
+
+class AsyncProxy:
+    """An object in a worker; awaiting its methods runs them there. As `Lease.get`'s proxy."""
+
+    __slots__ = ("_lease", "_target", "_title")
+
+    def __init__(self, lease: AsyncLease, target: int, title: str) -> None:
+        self._lease = lease
+        self._target = target
+        self._title = title
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(
+                f"{name} of an object in a worker cannot be used through a proxy: "
+                "use lease.call(lambda resource: ...)"
+            )
+        lease, target = self._lease, self._target
+
+        async def method(*args: Any, **kwargs: Any) -> Any:
+            return await lease._method(target, name, args, kwargs)
+
+        method.__name__ = name
+        return method
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a proxy of an object in a worker cannot leave this process")
+
+    def __repr__(self) -> str:
+        return f"<AsyncProxy of {self._title} in {self._lease!r}>"

@@ -1,0 +1,123 @@
+"""`concurrent.futures.Executor` over a pool: for code that is written against that interface."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor as _Base
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from whitepool_mp.pool import Pool
+
+if TYPE_CHECKING:
+    from whitepool_mp.session import Session
+
+T = TypeVar("T")
+
+
+class SessionExecutor(_Base):
+    """An executor over a running pool; shutting it down leaves the pool running.
+
+    Args:
+        session: the pool. `session.executor()` makes one of these.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self._open: set[Future[Any]] = set()
+        self._closed = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run `fn(*args, **kwargs)` in a worker.
+
+        Returns:
+            A future; its `cancel()` also ends a call that is running.
+
+        Raises:
+            RuntimeError: after `shutdown`.
+            SerializationError: the function or an argument cannot be pickled.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            # Bound, so that the function's own `timeout` reaches it.
+            call = functools.partial(fn, *args, **kwargs) if kwargs else fn
+            future = self._session.submit(call, *(() if kwargs else args))
+            self._open.add(future)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._open.discard(future)
+            last = self._closed and not self._open
+        if last:
+            self._after_last()
+
+    def _after_last(self) -> None:
+        """Everything has ended after a shutdown."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept nothing more.
+
+        Args:
+            wait: whether to return only when everything submitted has ended.
+            cancel_futures: whether to cancel what has not begun.
+        """
+        with self._lock:
+            already, self._closed = self._closed, True
+            remaining = set(self._open)
+        if cancel_futures:
+            for future in remaining:
+                if not future.running():
+                    future.cancel()
+        if not remaining and not already:
+            self._after_last()
+        if wait:
+            self._wait_for(remaining)
+
+    def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:
+        wait(remaining)
+
+
+class Executor(SessionExecutor):
+    """An executor with a pool of its own, which ends with it.
+
+    Args:
+        max_workers: how many workers; by default, as many as there are usable CPUs.
+        initializer: called once in each worker with `initargs`.
+        initargs: its arguments.
+        options: the keyword-only options of `Pool`.
+
+    Raises:
+        TypeError, ValueError: a wrong option, as for `Pool`.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        **options: Any,
+    ) -> None:
+        if initializer is not None:
+            if "factory" in options:
+                raise TypeError("give factory or initializer, not both")
+            options["factory"] = functools.partial(_initialize, initializer, initargs)
+        self._pool = Pool(max_workers, **options)
+        super().__init__(self._pool.run_service())
+
+    def _after_last(self) -> None:
+        self._session.safe_shutdown()
+
+    def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:
+        wait(remaining)
+        self._session.safe_shutdown()
+
+
+def _initialize(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:
+    initializer(*initargs)
