@@ -153,9 +153,7 @@ class Lease:
             try:
                 channel = self._channel
                 if channel is None:
-                    channel = self._channel = self._member.channel(
-                        self._worker, self.id, deadline
-                    )
+                    channel = self._channel = self._member.channel(self._worker, self.id, deadline)
                 pieces = messages.pack(kind, flags, number, self.id, data, buffers)
                 message = channel.exchange(pieces, deadline)
                 while message.number != number:

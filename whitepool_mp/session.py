@@ -561,7 +561,10 @@ class Session:
             held = [
                 f"worker {row.slot} (pid {row.pid}), leased for {row.since:.1f} s by process "
                 f"{row.holder_pid} at {row.site}"
-                for row in (WorkerInfo(**r) for r in self._member.link().ask(frames.WORKERS, time.monotonic() + 1))
+                for row in (
+                    WorkerInfo(**r)
+                    for r in self._member.link().ask(frames.WORKERS, time.monotonic() + 1)
+                )
                 if row.state == "leased"
             ]
         except (TimedOut, LinkBroken, PoolClosed, ManagerDied):

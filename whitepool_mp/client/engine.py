@@ -193,7 +193,9 @@ class Engine:
     def request(self, kind: int, done: Done) -> None:
         """A request without fields; `done` gets its JSON answer."""
         number = next(self._numbers)
-        self._ask(number, frames.request(kind, number), lambda body: done(frames.read_reply(body)), done)
+        self._ask(
+            number, frames.request(kind, number), lambda body: done(frames.read_reply(body)), done
+        )
 
     def resize(self, pool_size: int, max_overflow: int, done: Done) -> None:
         """Ask for other sizes."""
@@ -587,6 +589,7 @@ class Engine:
 
 # --- the threaded driver ----------------------------------------------------------------------
 
+
 class Threaded:
     """An engine with a daemon thread that drives it."""
 
@@ -661,4 +664,3 @@ class Threaded:
         self.stopped = True
         self.engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
         self.engine.discard()
-

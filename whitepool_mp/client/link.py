@@ -89,7 +89,9 @@ class Handshake:
         if body[0] != frames.WELCOME or self._expected is None:
             raise ProtocolError(f"the peer sent a frame of kind {body[0]} while joining")
         if not auth.same(self._expected, frames.read_nonce(body)):
-            raise AuthenticationFailed("the process that listens there does not have the pool's key")
+            raise AuthenticationFailed(
+                "the process that listens there does not have the pool's key"
+            )
         self.done = True
         return None
 

@@ -157,11 +157,7 @@ class Member:
                 raise LeaseError(f"lease {lease} has no worker")
             channel = Channel(*fds)
             with self._lock:
-                dead = [
-                    key
-                    for key, old in self._channels.items()
-                    if not old.in_use and old.dead()
-                ]
+                dead = [key for key, old in self._channels.items() if not old.in_use and old.dead()]
                 for key in dead:
                     self._channels.pop(key).close()
                 self._channels[worker] = channel

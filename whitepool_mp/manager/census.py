@@ -11,7 +11,9 @@ from whitepool_mp.broker.state import Worker
 from whitepool_mp.manager.clients import Client
 
 
-def describe(worker: Worker, hand: Any, holder: Client | None, site: str, now: float) -> dict[str, Any]:
+def describe(
+    worker: Worker, hand: Any, holder: Client | None, site: str, now: float
+) -> dict[str, Any]:
     """One worker as plain data; times in seconds, memory in bytes.
 
     Args:

@@ -46,7 +46,6 @@ from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
 from whitepool_mp.wire import frames
 
-
 MAX_OBITUARIES = 4096
 """How many deaths under a lease are kept until the holder asks about them."""
 

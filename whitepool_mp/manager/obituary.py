@@ -11,7 +11,9 @@ from whitepool_mp.wire import messages
 
 _PF_EXITING = 0x4
 _LONGEST_STACK = 32_000
-_OWN_FRAME = re.compile(r'File ".*/whitepool_mp/(worker|manager)/\w+\.py"|File "<string>", line \d+ in <module>')
+_OWN_FRAME = re.compile(
+    r'File ".*/whitepool_mp/(worker|manager)/\w+\.py"|File "<string>", line \d+ in <module>'
+)
 
 
 @dataclass(frozen=True, slots=True)

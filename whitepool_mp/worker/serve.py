@@ -146,9 +146,7 @@ class Server:
 
     def _begin(self, lease: int, number: int) -> None:
         self._calls += 1
-        messages.PAGE.pack_into(
-            self._page, 0, messages.started_token(lease, number), self._calls
-        )
+        messages.PAGE.pack_into(self._page, 0, messages.started_token(lease, number), self._calls)
 
     def _refuse(self, sock: socket.socket, message: Message) -> None:
         pieces = messages.pack(messages.ERROR, messages.FENCED, message.number, 0, b"")
