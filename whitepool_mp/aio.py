@@ -310,7 +310,7 @@ class AsyncSession:
         with_resource: bool = False,
         **kwargs: Any,
     ) -> T:
-        """Run `fn(*args, **kwargs)` in a worker; arguments and errors are those of `Session.run`."""
+        """Run `fn(*args, **kwargs)` in a worker; as `Session.run`, arguments and errors too."""
         seconds = check_timeout("timeout", timeout)
         flags = Session(self._member)._flags(with_resource)
         data, buffers = payload.dump_call(fn, args, kwargs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from whitepool_mp.client.member import Member
 
 CHUNK_SECONDS = 0.005
-"""How long a chunk of a map should run: long enough to pay for its message, short enough to share."""
+"""How long a chunk of a map should run: enough to pay for its message, short enough to share."""
 LARGEST_CHUNK = 1024
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""

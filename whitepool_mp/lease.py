@@ -85,7 +85,7 @@ class Lease:
     def call(
         self, fn: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
     ) -> Any:
-        """Run `fn(resource, *args, **kwargs)` in the worker; without a factory, `fn(*args, **kwargs)`.
+        """Run `fn(resource, *args, **kwargs)` in the worker; `fn(*args, **kwargs)` if no factory.
 
         Args:
             fn: any function; one that lives in no importable module travels by value.
@@ -101,7 +101,7 @@ class Lease:
             Exception: what `fn` raised, in its own type, with the remote traceback as its cause.
             CallTimeout: it took too long; the lease has ended.
             WorkerDied: the worker died; the lease has ended.
-            SerializationError: something cannot be pickled or unpickled; the lease is as good as new.
+            SerializationError: something cannot be pickled or unpickled; the lease goes on.
             LeaseError: the lease has ended, or another thread's call is running on it.
         """
         seconds = check_timeout("timeout", timeout)
@@ -271,7 +271,8 @@ class Lease:
         self._member.drop_channel(self._worker)
         if self._ended is not None:
             return LeaseError(
-                f"lease {self.id} of pool {self.name!r} {self._ended} under the call of {_name(what)}"
+                f"lease {self.id} of pool {self.name!r} {self._ended} under the call of "
+                f"{_name(what)}"
             )
         self._end("lost (its worker died)")
         try:

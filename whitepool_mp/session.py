@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 1.0
-"""How long a checkout whose time is up waits for the manager's last word (the numbers, the reason)."""
+"""How long a checkout whose time is up waits for the manager's last word on it."""
+_INSTANT = 0.01
+"""How long a checkout with timeout=0 waits: the request itself takes a moment."""
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -128,10 +130,10 @@ def caller_site() -> str:
 class Session:
     """A running pool, as its users see it.
 
-    Got from `Pool(...)` as a context manager or from `Pool(...).run_service()`. Any number of threads
-    may use one; `clone()` and pickling give others that talk to the same pool, also from other
-    processes (a pickle holds the pool's key: send it only to whom you would let run code here). After
-    `os.fork` it works in both processes; leases stay with the parent.
+    Got from `Pool(...)` as a context manager or from `Pool(...).run_service()`. Any number of
+    threads may use one; `clone()` and pickling give others that talk to the same pool, also from
+    other processes (a pickle holds the pool's key: send it only to whom you would let run code
+    here). After `os.fork` it works in both processes; leases stay with the parent.
     """
 
     def __init__(self, member: Member) -> None:
@@ -159,7 +161,8 @@ class Session:
         """Lease a worker, for this caller alone, until it is checked in.
 
         Args:
-            timeout: at most how many seconds to wait; None for as long as it takes.
+            timeout: at most how many seconds to wait; None for as long as it takes, 0 for only if
+                a worker is free.
             block: False to be refused at once if every worker is leased and no more may start. (A
                 worker that is being started, or may be, is waited for.)
 
@@ -190,7 +193,7 @@ class Session:
         if member.closed or member.draining:
             raise member.closing()
         link = member.link()
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = None if seconds is None else time.monotonic() + (seconds or _INSTANT)
         number = link.next_number()
         try:
             link.send(frames.checkout(number, block, deadline, site))
@@ -499,7 +502,7 @@ class Session:
         return AsyncSession(self._member)
 
     def executor(self) -> SessionExecutor:
-        """A `concurrent.futures.Executor` over this pool; shutting it down leaves the pool running."""
+        """A `concurrent.futures.Executor` over this pool; its shutdown leaves the pool running."""
         from whitepool_mp.executor import SessionExecutor
 
         return SessionExecutor(self)
@@ -507,7 +510,7 @@ class Session:
     # --- the end --------------------------------------------------------------------------
 
     def safe_shutdown(self, timeout: float | None = None) -> None:
-        """Refuse new checkouts, finish what was submitted, serve who waits, wait for all leases, end.
+        """Refuse new checkouts, finish what was submitted, serve who waits, then end.
 
         Doing it twice, or from several threads, is harmless. Called in a future's callback, it does
         its work in a thread of its own and returns at once.
@@ -633,8 +636,8 @@ def statistics(status: Status, workers: list[WorkerInfo]) -> str:
         cpu = "?" if row.cpu_time is None else f"{row.cpu_time:.2f}"
         held = f" held by {row.holder_pid} at {row.site}" if row.holder_pid else ""
         lines.append(
-            f"  slot {row.slot}: pid {row.pid} {row.state} for {row.since:.1f} s, {row.calls} calls, "
-            f"{memory} MiB, cpu {cpu} s{held}"
+            f"  slot {row.slot}: pid {row.pid} {row.state} for {row.since:.1f} s, "
+            f"{row.calls} calls, {memory} MiB, cpu {cpu} s{held}"
         )
     return "\n".join(lines)
 

@@ -54,9 +54,8 @@ class Channel:
             else:
                 self._send_until(pieces, deadline)
             while True:
-                if deadline is not None:
-                    if not self._poll.poll(left_ms(deadline)):
-                        raise TimedOut
+                if deadline is not None and not self._poll.poll(left_ms(deadline)):
+                    raise TimedOut
                 count = sock.recv_into(reader.want())
                 if not count:
                     raise ChannelBroken
@@ -97,6 +96,10 @@ class Channel:
         """End an exchange that another thread is in; that thread then closes the channel."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_page"):
+            self.close()
 
     def close(self) -> None:
         """Close this process's copies."""

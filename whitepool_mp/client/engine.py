@@ -5,8 +5,8 @@
                               |=====calls, answers=====  workers
 
 An engine owns a control connection, a channel to each worker it met, and an epoll over them. It
-never blocks: whoever drives it waits on `fileno()` until it is readable or `next_deadline()` is due,
-and calls `pump()`. `Threaded` drives one in a thread of its own; asyncio drives one by `add_reader`.
+never blocks: whoever drives it waits until `fileno()` is readable or `next_deadline()` is due, and
+calls `pump()`. `Threaded` drives one in a thread of its own, asyncio one by `add_reader`.
 
 Guarantees: jobs queue here and ask for workers first come, first served among all who ask the
 manager; a worker's death fails the call that it had begun, and what it had not begun is sent to
@@ -221,7 +221,7 @@ class Engine:
         return number
 
     def cancel_checkout(self, ticket: int, done: Done | None) -> None:
-        """Give a checkout up: `done` gets the `Refused` that answers it; a grant under way is void."""
+        """Give a checkout up: `done` gets the `Refused` for it; a grant under way is void."""
 
         def answer(body: bytes) -> None:
             if body[0] == frames.GRANT:
@@ -587,6 +587,10 @@ class Engine:
             channel.close()
 
 
+def _look() -> None:
+    """Nothing to do but to go round once."""
+
+
 # --- the threaded driver ----------------------------------------------------------------------
 
 
@@ -643,7 +647,7 @@ class Threaded:
             self._waiters += 1
             try:
                 while not self.stopped and not self.engine.idle:
-                    self.engine.post(int)  # it looks at the waiters after each round
+                    self.engine.post(_look)  # it looks at the waiters after each round
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
                         return False
@@ -655,7 +659,7 @@ class Threaded:
     def stop(self) -> None:
         """End the thread; what has not ended fails with `PoolClosed`."""
         self.stopped = True
-        self.engine.post(int)
+        self.engine.post(_look)
         if not self.inside() and self._thread.is_alive():
             self._thread.join()
 

@@ -6,6 +6,7 @@ Every request has a number and its answer carries it, so an answer to a request 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -104,9 +105,9 @@ class Link:
 
     def __init__(self, path: str, key: bytes, member: bytes) -> None:
         self._sock = dial(path)
+        self._fds: deque[int] = deque()
         self._decoder = frames.FrameDecoder()
         self._inbox: deque[bytes] = deque()
-        self._fds: deque[int] = deque()
         self._expect_fds = False
         self._number = 0
         # Reentrant: a lease that is collected while its own thread is sending checks itself in.
@@ -171,7 +172,7 @@ class Link:
                 return body
 
     def open(self, lease: int, deadline: float | None) -> tuple[int, int] | None:
-        """Ask for a channel to a leased worker: the socket's and the page's descriptors, or None."""
+        """Ask for a channel to a leased worker: its socket's and its page's descriptors."""
         number = self.next_number()
         self._expect_fds = True  # and from now on: this may be interrupted before they come
         self.send(frames.request_lease(frames.OPEN, number, lease))
@@ -192,6 +193,16 @@ class Link:
         self.send(frames.request(kind, number))
         return frames.read_reply(self.wait(number, deadline))
 
+    def hang_up(self) -> None:
+        """End the connection under whoever waits on it; they, or the last reference, close it."""
+        self.broken = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fds"):
+            self.close()
+
     def close(self) -> None:
         """Close this process's copy of the socket."""
         self.broken = True
@@ -202,9 +213,8 @@ class Link:
     def _receive(self, deadline: float | None) -> bytes:
         inbox = self._inbox
         while not inbox:
-            if deadline is not None:
-                if not self._poll.poll(left_ms(deadline)):
-                    raise TimedOut
+            if deadline is not None and not self._poll.poll(left_ms(deadline)):
+                raise TimedOut
             try:
                 if self._expect_fds:
                     data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)

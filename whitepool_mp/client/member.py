@@ -111,8 +111,8 @@ class Member:
             if code:
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 return ManagerDied(
-                    f"the manager of {title} (pid {self.owner.manager}) died with {how}: the pool is "
-                    "gone and its workers with it; make a new one"
+                    f"the manager of {title} (pid {self.owner.manager}) died with {how}: the pool "
+                    "is gone and its workers with it; make a new one"
                 )
         if not self.closed and os.path.exists(self.path):
             return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")
@@ -202,13 +202,12 @@ class Member:
             self._end.detach()
             self.owner.end()
         with self._lock:
-            for channel in self._channels.values():
-                if not channel.in_use:
-                    channel.close()
-            self._channels.clear()
             for link in list(self._links):
-                link.broken = True
+                link.hang_up()
+            # Whoever is in one of these just now still holds it; its last user closes it.
+            self._channels.clear()
             self._free.clear()
+            self._local = threading.local()
 
     def forked(self) -> None:
         """In a forked child: close the copies and start from nothing."""
@@ -289,7 +288,7 @@ def _collected(owner: Owner, name: str) -> None:
 
 
 def _at_exit() -> None:
-    """At interpreter exit: finish what was submitted (as concurrent.futures does), end our pools."""
+    """At interpreter exit: finish what was submitted, as concurrent.futures does; end our pools."""
     members = list(_members.values())
     for member in members:
         engine = member.running_engine()

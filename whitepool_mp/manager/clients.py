@@ -10,6 +10,7 @@ nothing; with no descriptors left, connections are refused instead of spinning o
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 from collections import OrderedDict, deque
@@ -227,7 +228,7 @@ class Door:
                 self.counters["connections_without_proof"] += 1
                 self.drop(next(iter(self._silent.values())))
             self._silent[client.id] = client
-            self._loop.add(sock.fileno(), lambda events, who=client: self._ready(who, events))
+            self._loop.add(sock.fileno(), functools.partial(self._ready, client))
             self.send(client, frames.challenge(client.nonce))
 
     def _refuse_one(self) -> None:

@@ -230,7 +230,7 @@ class Manager:
                 self._door.send(client, frames.channel(number, False))
 
     def _holder(self, client: Client, lease: int) -> Client:
-        """Who holds a lease on behalf of a client: another thread's connection of its process may."""
+        """Who holds a lease on a client's behalf: another connection of its process may."""
         number = self._broker.lease_holder(lease)
         holder = None if number is None else self._door.clients.get(number)
         return holder if holder is not None and holder.member == client.member else client

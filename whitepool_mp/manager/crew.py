@@ -259,7 +259,7 @@ class Crew:
         self._listener.worker_exited(hand.worker, obituary)
 
     def _sweep(self) -> None:
-        """Kill what dead workers left: children of this process that are neither worker nor nursery.
+        """Kill what dead workers left: children of ours that are neither worker nor nursery.
 
         A living worker adopts its own orphans, so what has come to this process is a dead one's.
         """

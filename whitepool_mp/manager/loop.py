@@ -36,7 +36,7 @@ class Loop:
             self._epoll.unregister(fd)
 
     def turn(self, timeout: float | None) -> int:
-        """Wait for at most `timeout` seconds (None: for ever) and call the handlers of what is ready.
+        """Wait for at most `timeout` seconds (None: for ever) and call what is ready.
 
         Returns:
             How many descriptors were ready.

@@ -32,7 +32,7 @@ class Boot(NamedTuple):
 
 
 MARKER = "WHITEPOOL_POOL"
-"""Environment variable that every process of a pool, and what they start, is born with: the pool's id."""
+"""Environment variable that every process of a pool, and what those start, is born with."""
 
 
 def write(boot: Boot) -> int:
@@ -53,7 +53,7 @@ def read(fd: int) -> Boot:
 
 
 def command(fd: int, module: str, *numbers: int) -> list[str]:
-    """The command line of a fresh interpreter that reads `fd` and runs `module`'s `main(boot, ...)`.
+    """The command line of a fresh interpreter that runs `module`'s `main(fd, *numbers)`.
 
     The owner's `sys.path` is in place before anything of ours is imported, and `__main__` is never
     the owner's script.

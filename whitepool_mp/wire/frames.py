@@ -79,7 +79,7 @@ class Auth(NamedTuple):
 
 
 class Checkout(NamedTuple):
-    """A request for a worker; `deadline` is a time of the system-wide monotonic clock, in seconds."""
+    """A request for a worker; `deadline` is in seconds of the system-wide monotonic clock."""
 
     request: int
     block: bool

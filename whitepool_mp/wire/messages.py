@@ -52,7 +52,7 @@ HEAD = struct.Struct("<BBHIQQ")
 PAGE = struct.Struct("<QQ")
 PAGE_SIZE = mmap.PAGESIZE
 """The worker's page, shared with its holder and the manager: the token of the call begun last, and
-how many calls were begun. Memory outlives the worker, so a holder can tell whether its call began."""
+how many calls were begun. It outlives the worker, so a holder can tell whether its call began."""
 
 _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
@@ -77,7 +77,7 @@ class Message(NamedTuple):
 
 
 def started_token(lease: int, number: int) -> int:
-    """What a worker writes on its page when it begins a call: one number, so that it is never torn."""
+    """What a worker writes on its page when it begins a call: one number, so never torn."""
     return (lease << 24 | number & 0xFFFFFF) & 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -135,7 +135,7 @@ def read_batch(payload: memoryview) -> tuple[bytes, list[bytes]]:
 
 
 def room(size: int) -> Any:
-    """Writable memory for one incoming buffer; large ones are not touched before they are filled."""
+    """Writable memory for one incoming buffer; a large one is not touched before it is filled."""
     if size < _IN_OWN_MAPPING:
         return bytearray(size)
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

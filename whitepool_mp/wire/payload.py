@@ -1,4 +1,4 @@
-"""Objects to bytes and back: plain pickle first, cloudpickle for what lives in no importable module.
+"""Objects to bytes and back: plain pickle first, cloudpickle for what no module holds.
 
 Pickle protocol 5 throughout: buffers of 16 KiB and more travel beside the pickle, from where they
 lie. A pickle that names `__main__` is made again by value, since the worker's `__main__` is not
@@ -129,8 +129,8 @@ def dump_function(function: Callable[..., Any], what: str = "function") -> bytes
     except Exception as error:
         raise SerializationError(
             f"the {what} {qualified_name(function)} cannot be pickled: "
-            f"{type(error).__name__}: {error}. What it refers to (a closure's variables, globals of "
-            "a script) travels with it: build such things inside the worker instead"
+            f"{type(error).__name__}: {error}. What it refers to (a closure's variables, globals "
+            "of a script) travels with it: build such things inside the worker instead"
         ) from error
 
 
@@ -161,7 +161,7 @@ def _culprit(
 
 
 def dump_failure(error: BaseException, traceback_text: str) -> bytes:
-    """Pickle an exception so that the other side can always tell at least its name and traceback."""
+    """Pickle an exception so that the other side can tell at least its name and traceback."""
     try:
         name = type(error).__qualname__
         module = type(error).__module__

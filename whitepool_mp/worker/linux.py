@@ -1,4 +1,4 @@
-"""The few things that only the Linux kernel can promise, behind functions named after the promise."""
+"""The few things that only the kernel can promise, in functions named after the promise."""
 
 from __future__ import annotations
 

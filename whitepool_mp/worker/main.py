@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import traceback
+from types import TracebackType
 from typing import NoReturn
 
 from whitepool_mp.wire import frames, messages, payload
@@ -59,7 +60,7 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    # The manager raised its own limit of descriptors; programs that use select() want the usual one.
+    # The manager raised its limit of descriptors; programs that use select() want the usual one.
     soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (min(soft, boot_soft_limit(hard)), hard))
     atexit._clear()
@@ -103,7 +104,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
     return 0
 
 
-def _beyond(error: BaseException) -> object:
+def _beyond(error: BaseException) -> TracebackType | None:
     """The traceback without this module's own frame."""
     trace = error.__traceback__
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace

@@ -79,7 +79,7 @@ class Server:
                     self._hear_client(self._channels[fd])
 
     def close_inherited(self) -> None:
-        """In a child that user code forked: close the copies, so that our end-of-file still comes."""
+        """In a child that user code forked: close its copies, so that our end-of-file comes."""
         for channel in self._channels.values():
             channel.sock.close()
         self._control.close()

@@ -1,0 +1,66 @@
+"""Which processes a running pool is made of: for tests that kill, stop and count them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import psutil
+from support import until
+
+from whitepool_mp import Session
+
+
+def manager(session: Session) -> psutil.Process:
+    """The manager of a pool that this process owns."""
+    owner = session._member.owner
+    assert owner is not None
+    return psutil.Process(owner.manager)
+
+
+def workers(session: Session, count: int) -> list[psutil.Process]:
+    """The workers, once there are exactly that many and all of them are idle or leased."""
+
+    def settled() -> list[psutil.Process]:
+        rows = session.workers()
+        if len(rows) != count or any(row.state not in ("idle", "leased") for row in rows):
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(row.pid) for row in sorted(rows, key=lambda row: row.slot)]
+        return []
+
+    found = until(settled)
+    assert isinstance(found, list)
+    return found
+
+
+def nursery(session: Session) -> psutil.Process:
+    """The nursery: the manager's child that is not a worker. Call it when no worker is starting."""
+    pids = {row.pid for row in session.workers()}
+    (found,) = [child for child in manager(session).children() if child.pid not in pids]
+    return found
+
+
+def kill(*victims: psutil.Process) -> None:
+    """SIGKILL to all, one right after the other."""
+    for victim in victims:
+        os.kill(victim.pid, signal.SIGKILL)
+
+
+def gone(*expected: psutil.Process, seconds: float = 10.0) -> None:
+    """Wait until processes have ended (a zombie has: its parent may be slow to reap it)."""
+
+    def ended(process: psutil.Process) -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(lambda: all(ended(process) for process in expected), seconds)
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a time of the monotonic clock."""
+    return time.monotonic() - since
