@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whitepool_mp.aio import AsyncLease, AsyncSession
+    from whitepool_mp.aio import AsyncSession
+    from whitepool_mp.aio_lease import AsyncLease
     from whitepool_mp.errors import (
         AuthenticationFailed,
         CallTimeout,
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
     from whitepool_mp.executor import Executor
     from whitepool_mp.lease import Lease
     from whitepool_mp.pool import Pool
-    from whitepool_mp.session import Session, Status, WorkerInfo
+    from whitepool_mp.session import Session
+    from whitepool_mp.status import Status, WorkerInfo
     from whitepool_mp.worker.context import WorkerContext, current_worker
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncLease": "aio",
+    "AsyncLease": "aio_lease",
     "AsyncSession": "aio",
     "AuthenticationFailed": "errors",
     "CallTimeout": "errors",
@@ -60,11 +62,11 @@ _HOMES = {
     "SerializationError": "errors",
     "Session": "session",
     "ShutdownTimeout": "errors",
-    "Status": "session",
+    "Status": "status",
     "WhitepoolError": "errors",
     "WorkerContext": "worker.context",
     "WorkerDied": "errors",
-    "WorkerInfo": "session",
+    "WorkerInfo": "status",
     "current_worker": "worker.context",
 }
 

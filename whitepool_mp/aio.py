@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import warnings
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from whitepool_mp.client.engine import Engine, EngineLease
-from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.aio_lease import AsyncLease
+from whitepool_mp.client.engine_lease import EngineLease
+from whitepool_mp.client.looped import FutureSink, Looped, resolve
 from whitepool_mp.client.member import Member, refusal
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.config import check_timeout
@@ -28,21 +27,12 @@ from whitepool_mp.errors import (
     LeaseError,
     ManagerDied,
     PoolClosed,
-    SerializationError,
     ShutdownTimeout,
 )
-from whitepool_mp.jobs import MapJob, Ordering, open_answer, progress_bar
-from whitepool_mp.session import (
-    Session,
-    Status,
-    WorkerInfo,
-    caller_site,
-    check_sizes,
-    make_status,
-    statistics,
-)
-from whitepool_mp.wire import frames, messages, payload
-from whitepool_mp.wire.messages import Message
+from whitepool_mp.jobs import MapJob, Ordering, progress_bar
+from whitepool_mp.session import Session, caller_site
+from whitepool_mp.status import Status, WorkerInfo, check_sizes, make_status, statistics
+from whitepool_mp.wire import frames, payload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,103 +41,6 @@ T = TypeVar("T")
 
 _CANCEL_SECONDS = 1.0
 _PATIENCE = 10.0
-
-
-class _Driver:
-    """An engine in an event loop."""
-
-    def __init__(self, member: Member, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        try:
-            self.engine = Engine(*member.joining(), weakref.ref(member))
-        except LinkBroken:
-            raise member.gone() from None
-        self._timer: asyncio.TimerHandle | None = None
-        self._idle: list[asyncio.Future[None]] = []
-        self.closed = False
-        loop.add_reader(self.engine.fileno(), self.pump)
-
-    def pump(self) -> None:
-        """Something is ready or due."""
-        self.engine.pump(0)
-        self.settle()
-
-    def settle(self) -> None:
-        """After anything was asked of the engine: send it, and wake up when it is next due."""
-        if self.closed:
-            return
-        self.engine.flush()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self.engine.next_deadline()
-        if due is not None:
-            delay = max(0.0, due - time.monotonic())
-            self._timer = self.loop.call_later(delay, self.pump)
-        if self._idle and self.engine.idle:
-            waiting, self._idle = self._idle, []
-            for future in waiting:
-                _resolve(future, None)
-
-    async def wait_idle(self) -> None:
-        """Wait until no job is queued or running."""
-        if not self.engine.idle and not self.closed:
-            future: asyncio.Future[None] = self.loop.create_future()
-            self._idle.append(future)
-            await future
-
-    def close(self) -> None:
-        """Leave the event loop."""
-        if self.closed:
-            return
-        self.closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self.loop.remove_reader(self.engine.fileno())
-        self.engine.close()
-        for future in self._idle:
-            _resolve(future, None)
-
-
-def _resolve(future: asyncio.Future[Any], value: Any) -> None:
-    """Give a future its result or exception, unless it was cancelled."""
-    if future.done():
-        return
-    if isinstance(value, BaseException):
-        # asyncio refuses StopIteration in a future; a generator would too.
-        if isinstance(value, StopIteration):
-            wrapped = RuntimeError(f"the call raised {value!r}")
-            wrapped.__cause__ = value
-            value = wrapped
-        future.set_exception(value)
-    else:
-        future.set_result(value)
-
-
-class _FutureSink:
-    """Hears of one call on behalf of an asyncio future."""
-
-    def __init__(self, future: asyncio.Future[Any], name: str, pool: str) -> None:
-        self._future = future
-        self._name = name
-        self._pool = pool
-        self.lease: AsyncLease | None = None
-
-    def began(self, task: Task) -> bool:
-        return not self._future.done()
-
-    def answered(self, task: Task, index: int, message: Message) -> None:
-        returned, value = open_answer(message, self._name, self._pool)
-        if returned and message.flags & messages.REFERENCE and self.lease is not None:
-            value = AsyncProxy(self.lease, *value)
-        if not self._future.done():
-            if returned:
-                self._future.set_result(value)
-            else:
-                _resolve(self._future, value)
-
-    def failed(self, task: Task, index: int, error: BaseException) -> None:
-        _resolve(self._future, error)
 
 
 class AsyncSession:
@@ -159,7 +52,7 @@ class AsyncSession:
 
     def __init__(self, member: Member) -> None:
         self._member = member
-        self._running: _Driver | None = None
+        self._running: Looped | None = None
         self._process = os.getpid()
 
     def __repr__(self) -> str:
@@ -179,19 +72,19 @@ class AsyncSession:
         """The blocking form."""
         return Session(self._member)
 
-    def _driver(self) -> _Driver:
+    def _driver(self) -> Looped:
         member = self._member
         if member.closed or member.draining:
             raise member.closing()
         return self._any_driver()
 
-    def _any_driver(self) -> _Driver:
+    def _any_driver(self) -> Looped:
         loop = asyncio.get_running_loop()
         driver = self._running
         if driver is None or self._process != os.getpid() or driver.engine.broken is not None:
             if driver is not None and self._process == os.getpid():
                 driver.close()
-            self._running = driver = _Driver(self._member, loop)
+            self._running = driver = Looped(self._member, loop)
             self._process = os.getpid()
         elif driver.loop is not loop:
             raise RuntimeError(
@@ -222,19 +115,19 @@ class AsyncSession:
         engine, loop = driver.engine, driver.loop
         future: asyncio.Future[Any] = loop.create_future()
         deadline = None if seconds is None else time.monotonic() + seconds
-        ticket = engine.checkout(block, deadline, site, lambda value: _resolve(future, value))
+        ticket = engine.checkout(block, deadline, site, lambda value: resolve(future, value))
         driver.settle()
         timers: list[asyncio.TimerHandle] = []
 
         def too_late() -> None:
             # The refusal that answers the cancel says what was in the way.
             if not future.done():
-                engine.cancel_checkout(ticket, lambda value: _resolve(future, value))
+                engine.cancel_checkout(ticket, lambda value: resolve(future, value))
                 driver.settle()
                 timers.append(loop.call_later(_CANCEL_SECONDS, no_answer))
 
         def no_answer() -> None:
-            _resolve(
+            resolve(
                 future,
                 CheckoutTimeout(
                     f"no worker of pool {self.name!r} was granted within {seconds:g} s, and its "
@@ -317,13 +210,13 @@ class AsyncSession:
         name = payload.qualified_name(fn)
         driver = self._driver()
         future: asyncio.Future[T] = driver.loop.create_future()
-        task = Task(name, _FutureSink(future, name, self.name), flags, None, data, buffers)
+        task = Task(name, FutureSink(future, name, self.name), flags, None, data, buffers)
         driver.engine.submit(task, caller_site())
         driver.settle()
         return await self._await_task(driver, task, future, seconds)
 
     async def _await_task(
-        self, driver: _Driver, task: Task, future: asyncio.Future[T], seconds: float | None
+        self, driver: Looped, task: Task, future: asyncio.Future[T], seconds: float | None
     ) -> T:
         def too_late() -> None:
             if future.done():
@@ -409,7 +302,7 @@ class AsyncSession:
     async def _ask(self, kind: int) -> Any:
         driver = self._any_driver()
         future: asyncio.Future[Any] = driver.loop.create_future()
-        driver.engine.request(kind, lambda value: _resolve(future, value))
+        driver.engine.request(kind, lambda value: resolve(future, value))
         driver.settle()
         return await future
 
@@ -432,7 +325,7 @@ class AsyncSession:
         size, overflow = check_sizes(pool_size, max_overflow, await self.status())
         driver = self._driver()
         future: asyncio.Future[Any] = driver.loop.create_future()
-        driver.engine.resize(size, overflow, lambda value: _resolve(future, value))
+        driver.engine.resize(size, overflow, lambda value: resolve(future, value))
         driver.settle()
         await future
         self._member.capacity = size + overflow
@@ -462,7 +355,7 @@ class AsyncSession:
             pass  # somebody else ended it meanwhile
         await self._end()
 
-    async def _drain(self, driver: _Driver) -> None:
+    async def _drain(self, driver: Looped) -> None:
         threaded = self._member.running_engine()
         if threaded is not None and not threaded.engine.idle:
             await driver.loop.run_in_executor(None, threaded.wait_idle)
@@ -490,7 +383,7 @@ class AsyncSession:
         if pidfd is not None:
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(pidfd, lambda: _resolve(ended, None))
+            loop.add_reader(pidfd, lambda: resolve(ended, None))
             try:
                 await asyncio.wait_for(ended, _PATIENCE)
             except asyncio.TimeoutError:
@@ -540,166 +433,3 @@ class AsyncCheckout:
         lease, self._lease = self._lease, None
         if lease is not None and lease.valid:
             await lease.checkin()
-
-
-class AsyncLease:
-    """One checked-out worker, for code in an event loop; as `Lease`.
-
-    Attributes:
-        id, pid, slot, name: as of `Lease`.
-    """
-
-    def __init__(self, member: Member, driver: _Driver, lease: EngineLease) -> None:
-        self.id = lease.id
-        self.pid = lease.pid
-        self.slot = lease.slot
-        self.name = member.name
-        self._member = member
-        self._driver = driver
-        self._lease = lease
-        self._process = os.getpid()
-
-    def __repr__(self) -> str:
-        state = "valid" if self.valid else self._lease.ended or "of another process"
-        return f"<AsyncLease {self.id} of {self.name!r} slot={self.slot} pid={self.pid} {state}>"
-
-    @property
-    def valid(self) -> bool:
-        """Whether it may be used."""
-        return self._lease.ended is None and self._process == os.getpid()
-
-    def _check(self) -> None:
-        if not self.valid:
-            raise LeaseError(
-                f"lease {self.id} of pool {self.name!r} was used after it was "
-                f"{self._lease.ended or 'forked'}: check out another"
-            )
-
-    def get(self) -> Any:
-        """A proxy of the worker's resource, whose methods are awaited; as `Lease.get`."""
-        self._check()
-        if not self._member.has_factory:
-            raise LeaseError(
-                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
-                "give Pool(factory=...), or use lease.call(fn, ...)"
-            )
-        return AsyncProxy(self, 0, "resource")
-
-    async def call(
-        self, fn: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
-    ) -> Any:
-        """Run `fn(resource, *args, **kwargs)` in the worker; as `Lease.call`."""
-        seconds = check_timeout("timeout", timeout)
-        data, buffers = payload.dump_call(fn, args, kwargs)
-        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
-        name = payload.qualified_name(fn)
-        return await self._send(messages.CALL, flags, data, buffers, name, seconds)
-
-    async def _method(
-        self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        try:
-            data, buffers = payload.dumps((target, name, args, kwargs))
-        except Exception as error:
-            raise SerializationError(
-                f"the arguments of method {name!r}, {payload.shorten(args)} "
-                f"{payload.shorten(kwargs)}, cannot be pickled: {type(error).__name__}: {error}"
-            ) from error
-        return await self._send(messages.METHOD, 0, data, buffers, name, None)
-
-    async def _send(
-        self, kind: int, flags: int, data: bytes, buffers: Any, name: str, seconds: float | None
-    ) -> Any:
-        self._check()
-        if self._lease.task is not None:
-            raise LeaseError(
-                f"lease {self.id} of pool {self.name!r} is in use by a call of another task: a "
-                "worker does one thing at a time, so check out one for each task"
-            )
-        driver = self._driver
-        future: asyncio.Future[Any] = driver.loop.create_future()
-        sink = _FutureSink(future, name, self.name)
-        sink.lease = self
-        task = Task(name, sink, flags, seconds, data, buffers, kind=kind)
-        driver.engine.start(task, self._lease)
-        driver.settle()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            driver.engine.cancel(task)
-            driver.settle()
-            raise
-
-    async def checkin(self) -> None:
-        """Give the worker back. A worker with a call still running is replaced, not reused.
-
-        Raises:
-            LeaseError: it was given back already.
-        """
-        self._check()
-        if self._lease.task is not None:
-            await self.destroy()
-            return
-        self._driver.engine.checkin(self._lease)
-        self._driver.settle()
-
-    async def destroy(self) -> None:
-        """Have the worker killed and replaced; a call still running ends with `LeaseError`.
-
-        Raises:
-            LeaseError: it was given back already.
-        """
-        self._check()
-        task = self._lease.task
-        if task is not None:
-            self._driver.engine.cancel(task)
-            error = LeaseError(f"lease {self.id} of pool {self.name!r} ended under a running call")
-            task.sink.failed(task, 0, error)
-        else:
-            self._driver.engine.destroy(self._lease, "its holder had it destroyed")
-        self._driver.settle()
-
-    def __del__(self) -> None:
-        lease = getattr(self, "_lease", None)
-        if lease is None or lease.ended is not None or self._process != os.getpid():
-            return
-        if self._driver.closed:
-            return  # its connection is closed, and the manager has taken the worker back
-        warnings.warn(
-            f"lease {self.id} of pool {self.name!r} was never checked in; it is now",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
-        self._driver.engine.post(self._driver.engine.checkin, lease)
-
-
-class AsyncProxy:
-    """An object in a worker; awaiting its methods runs them there. As `Lease.get`'s proxy."""
-
-    __slots__ = ("_lease", "_target", "_title")
-
-    def __init__(self, lease: AsyncLease, target: int, title: str) -> None:
-        self._lease = lease
-        self._target = target
-        self._title = title
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(
-                f"{name} of an object in a worker cannot be used through a proxy: "
-                "use lease.call(lambda resource: ...)"
-            )
-        lease, target = self._lease, self._target
-
-        async def method(*args: Any, **kwargs: Any) -> Any:
-            return await lease._method(target, name, args, kwargs)
-
-        method.__name__ = name
-        return method
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a proxy of an object in a worker cannot leave this process")
-
-    def __repr__(self) -> str:
-        return f"<AsyncProxy of {self._title} in {self._lease!r}>"

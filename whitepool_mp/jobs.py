@@ -9,32 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
+from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.tasks import Task
-from whitepool_mp.lease import remote_failure, result_unreadable
 from whitepool_mp.wire import messages, payload
 from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
-    from whitepool_mp.client.engine import Threaded
     from whitepool_mp.client.member import Member
+    from whitepool_mp.client.threaded import Threaded
 
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share."""
 LARGEST_CHUNK = 1024
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
-
-
-def open_answer(message: Message, name: str, pool: str) -> tuple[bool, Any]:
-    """Whether a call returned, and its result or exception."""
-    if message.kind == messages.ERROR:
-        return False, remote_failure(message, name, 0, pool)
-    try:
-        return True, message.load()
-    except Exception as error:
-        failure = result_unreadable(name, error)
-        failure.__cause__ = error
-        return False, failure
 
 
 class JobFuture(Future[Any]):
@@ -84,7 +72,7 @@ class JobFuture(Future[Any]):
             return False  # cancelled between the two lines
 
     def answered(self, task: Task, index: int, message: Message) -> None:
-        returned, value = open_answer(message, self._name, self._pool_name)
+        returned, value = open_answer(message, self._name, 0, self._pool_name)
         self._settle(returned, value)
 
     def failed(self, task: Task, index: int, error: BaseException) -> None:
@@ -224,7 +212,7 @@ class MapJob:
     def answered(self, task: Task, index: int, message: Message) -> None:
         seconds = message.token / 1e9
         self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
-        returned, value = open_answer(message, self.name, self.member.name)
+        returned, value = open_answer(message, self.name, 0, self.member.name)
         self._put(index, returned, value)
 
     def failed(self, task: Task, index: int, error: BaseException) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from whitepool_mp.client.answers import Reference, open_answer
 from whitepool_mp.client.channel import Channel, ChannelBroken
 from whitepool_mp.client.link import Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, LeaseError, SerializationError, WhitepoolError
 from whitepool_mp.wire import frames, messages, payload
-from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,21 +169,15 @@ class Lease:
             except BaseException:
                 self._abandon("ended by an interrupt", "its call was interrupted")
                 raise
-            return self._open_answer(message, what)
+            returned, value = open_answer(message, _name(what), self.id, self.name)
+            if not returned:
+                raise value
+            if isinstance(value, Reference):
+                self._references = True
+                return Proxy(self, *value)
+            return value
         finally:
             self._busy.release()
-
-    def _open_answer(self, message: Message, what: Any) -> Any:
-        if message.kind == messages.ERROR:
-            raise remote_failure(message, _name(what), self.id, self.name)
-        try:
-            value = message.load()
-        except Exception as error:
-            raise result_unreadable(what, error) from error
-        if message.flags & messages.REFERENCE:
-            self._references = True
-            return Proxy(self, *value)
-        return value
 
     # --- giving it back -------------------------------------------------------------------
 
@@ -349,28 +343,3 @@ class Proxy:
 
 def _name(what: Any) -> str:
     return what if isinstance(what, str) else payload.qualified_name(what)
-
-
-def remote_failure(message: Message, name: str, lease: int, pool: str) -> BaseException:
-    """The exception that an ERROR message stands for."""
-    if message.flags == messages.FENCED:
-        return LeaseError(
-            f"the worker refused a call of {name} under lease {lease} of pool {pool!r}: it has "
-            "served a newer lease since"
-        )
-    error = payload.load_failure(message.payload)
-    if message.flags == messages.LOADING:
-        wrapped = SerializationError(
-            f"{name} or its arguments could not be unpickled in the worker: "
-            f"{type(error).__name__}: {error}"
-        )
-        wrapped.__cause__ = error.__cause__
-        return wrapped
-    return error
-
-
-def result_unreadable(what: Any, error: Exception) -> SerializationError:
-    """The exception for a result that came and could not be unpickled here."""
-    return SerializationError(
-        f"the result of {_name(what)} could not be unpickled here: {type(error).__name__}: {error}"
-    )

@@ -6,7 +6,7 @@
 
 An engine owns a control connection, a channel to each worker it met, and an epoll over them. It
 never blocks: whoever drives it waits until `fileno()` is readable or `next_deadline()` is due, and
-calls `pump()`. `Threaded` drives one in a thread of its own, asyncio one by `add_reader`.
+calls `pump()`: a thread of its own (`threaded`), or an event loop (`looped`).
 
 Guarantees: jobs queue here and ask for workers first come, first served among all who ask the
 manager; a worker's death fails the call that it had begun, and what it had not begun is sent to
@@ -27,8 +27,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from whitepool_mp.client.channel import Channel
-from whitepool_mp.client.link import Handshake, LinkBroken, dial
+from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
+from whitepool_mp.client.link import Handshake, dial
 from whitepool_mp.client.member import Member, refusal, worker_died
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import (
@@ -38,7 +38,7 @@ from whitepool_mp.errors import (
     WhitepoolError,
     WorkerDied,
 )
-from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire import frames
 
 MAX_TICKETS = 256
 """How many checkouts the queued jobs of an engine ask for at once."""
@@ -47,45 +47,6 @@ MAX_DEATHS = 3
 
 Done = Callable[[Any], None]
 """Called once with the result, or with an exception object."""
-
-
-class EngineLease:
-    """A worker leased by an engine."""
-
-    __slots__ = ("channel", "ended", "id", "kept", "number", "pid", "slot", "task", "worker")
-
-    def __init__(self, grant: frames.Grant, kept: bool) -> None:
-        self.id = grant.lease
-        self.worker = grant.worker
-        self.pid = grant.pid
-        self.slot = grant.slot
-        self.kept = kept  # its holder checks it in; otherwise it goes back after its task
-        self.number = 0
-        self.channel: EngineChannel | None = None
-        self.task: Task | None = None
-        self.ended: str | None = None
-
-
-class EngineChannel(Channel):
-    """A direct channel that is written to as far as the worker reads."""
-
-    def __init__(self, sock_fd: int, page_fd: int) -> None:
-        super().__init__(sock_fd, page_fd)
-        self.sock.setblocking(False)
-        self.unsent: list[memoryview] = []
-        self.lease: EngineLease | None = None
-
-    def push(self) -> bool:
-        """Write what goes; whether all is written."""
-        unsent = self.unsent
-        while unsent:
-            try:
-                messages.drop_sent(unsent, self.sock.sendmsg(unsent[:512]))
-            except BlockingIOError:
-                return False
-            except OSError:
-                unsent.clear()  # it is dead: reading finds out
-        return True
 
 
 class Engine:
@@ -585,86 +546,3 @@ class Engine:
             self._epoll.unregister(fd)
             del self._by_fd[fd]
             channel.close()
-
-
-def _look() -> None:
-    """Nothing to do but to go round once."""
-
-
-# --- the threaded driver ----------------------------------------------------------------------
-
-
-class Threaded:
-    """An engine with a daemon thread that drives it."""
-
-    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
-        try:
-            self.engine = Engine(path, key, token, member)
-        except LinkBroken:
-            present = member()
-            raise (present.gone() if present else PoolClosed("the pool was shut down")) from None
-        self.stopped = False
-        self._idle = threading.Condition()
-        self._waiters = 0
-        self._thread = threading.Thread(target=self._drive, name="whitepool-engine", daemon=True)
-        self._thread.start()
-        owner = member()
-        if owner is not None:
-            weakref.finalize(owner, self.stop).atexit = False
-
-    def _drive(self) -> None:
-        engine = self.engine
-        try:
-            while not self.stopped:
-                due = engine.next_deadline()
-                engine.pump(-1 if due is None else max(0.0, due - time.monotonic()))
-                if self._waiters and engine.idle:
-                    with self._idle:
-                        self._idle.notify_all()
-        finally:
-            self.stopped = True
-            engine.close()
-            with self._idle:
-                self._idle.notify_all()
-
-    def submit(self, task: Task, site: str = "") -> None:
-        """Queue a task."""
-        if self.stopped:
-            raise PoolClosed("the pool was shut down")
-        self.engine.post(self.engine.submit, task, site)
-
-    def cancel(self, task: Task) -> None:
-        """Give a task up."""
-        self.engine.post(self.engine.cancel, task)
-
-    def inside(self) -> bool:
-        """Whether the calling code runs in the engine's thread (a future's callback)."""
-        return threading.current_thread() is self._thread
-
-    def wait_idle(self, deadline: float | None = None) -> bool:
-        """Wait until no job is queued or running; whether that came to be."""
-        with self._idle:
-            self._waiters += 1
-            try:
-                while not self.stopped and not self.engine.idle:
-                    self.engine.post(_look)  # it looks at the waiters after each round
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        return False
-                    self._idle.wait(left)
-                return True
-            finally:
-                self._waiters -= 1
-
-    def stop(self) -> None:
-        """End the thread; what has not ended fails with `PoolClosed`."""
-        self.stopped = True
-        self.engine.post(_look)
-        if not self.inside() and self._thread.is_alive():
-            self._thread.join()
-
-    def forked(self) -> None:
-        """In a forked child, where the thread is not."""
-        self.stopped = True
-        self.engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
-        self.engine.discard()

@@ -35,8 +35,8 @@ from whitepool_mp.errors import (
 from whitepool_mp.wire import frames
 
 if TYPE_CHECKING:
-    from whitepool_mp.client.engine import Threaded
     from whitepool_mp.client.owner import Owner
+    from whitepool_mp.client.threaded import Threaded
 
 Ticket = tuple[str, str, str, bytes, bool, int]
 """What makes a session in another process: pool id, name, path, key, has a factory, capacity."""
@@ -179,7 +179,7 @@ class Member:
             if self._threaded is None or self._threaded.stopped:
                 if self.closed:
                     raise self.gone()
-                from whitepool_mp.client.engine import Threaded
+                from whitepool_mp.client.threaded import Threaded
 
                 self._threaded = Threaded(*self.joining(), weakref.ref(self))
             return self._threaded

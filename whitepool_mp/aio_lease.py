@@ -1,0 +1,181 @@
+"""One checked-out worker, for code in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from whitepool_mp.client.answers import Reference
+from whitepool_mp.client.engine_lease import EngineLease
+from whitepool_mp.client.looped import FutureSink, Looped
+from whitepool_mp.client.member import Member
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.config import check_timeout
+from whitepool_mp.errors import LeaseError, SerializationError
+from whitepool_mp.wire import messages, payload
+
+
+class AsyncLease:
+    """One checked-out worker, for code in an event loop; as `Lease`.
+
+    Attributes:
+        id, pid, slot, name: as of `Lease`.
+    """
+
+    def __init__(self, member: Member, driver: Looped, lease: EngineLease) -> None:
+        self.id = lease.id
+        self.pid = lease.pid
+        self.slot = lease.slot
+        self.name = member.name
+        self._member = member
+        self._driver = driver
+        self._lease = lease
+        self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        state = "valid" if self.valid else self._lease.ended or "of another process"
+        return f"<AsyncLease {self.id} of {self.name!r} slot={self.slot} pid={self.pid} {state}>"
+
+    @property
+    def valid(self) -> bool:
+        """Whether it may be used."""
+        return self._lease.ended is None and self._process == os.getpid()
+
+    def _check(self) -> None:
+        if not self.valid:
+            raise LeaseError(
+                f"lease {self.id} of pool {self.name!r} was used after it was "
+                f"{self._lease.ended or 'forked'}: check out another"
+            )
+
+    def get(self) -> Any:
+        """A proxy of the worker's resource, whose methods are awaited; as `Lease.get`."""
+        self._check()
+        if not self._member.has_factory:
+            raise LeaseError(
+                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
+                "give Pool(factory=...), or use lease.call(fn, ...)"
+            )
+        return AsyncProxy(self, 0, "resource")
+
+    async def call(
+        self, fn: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Run `fn(resource, *args, **kwargs)` in the worker; as `Lease.call`."""
+        seconds = check_timeout("timeout", timeout)
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
+        name = payload.qualified_name(fn)
+        return await self._send(messages.CALL, flags, data, buffers, name, seconds)
+
+    async def _method(
+        self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            data, buffers = payload.dumps((target, name, args, kwargs))
+        except Exception as error:
+            raise SerializationError(
+                f"the arguments of method {name!r}, {payload.shorten(args)} "
+                f"{payload.shorten(kwargs)}, cannot be pickled: {type(error).__name__}: {error}"
+            ) from error
+        return await self._send(messages.METHOD, 0, data, buffers, name, None)
+
+    async def _send(
+        self, kind: int, flags: int, data: bytes, buffers: Any, name: str, seconds: float | None
+    ) -> Any:
+        self._check()
+        if self._lease.task is not None:
+            raise LeaseError(
+                f"lease {self.id} of pool {self.name!r} is in use by a call of another task: a "
+                "worker does one thing at a time, so check out one for each task"
+            )
+        driver = self._driver
+        future: asyncio.Future[Any] = driver.loop.create_future()
+        sink = FutureSink(future, name, self.name)
+        task = Task(name, sink, flags, seconds, data, buffers, kind=kind)
+        driver.engine.start(task, self._lease)
+        driver.settle()
+        try:
+            value = await future
+        except asyncio.CancelledError:
+            driver.engine.cancel(task)
+            driver.settle()
+            raise
+        return AsyncProxy(self, *value) if isinstance(value, Reference) else value
+
+    async def checkin(self) -> None:
+        """Give the worker back. A worker with a call still running is replaced, not reused.
+
+        Raises:
+            LeaseError: it was given back already.
+        """
+        self._check()
+        if self._lease.task is not None:
+            await self.destroy()
+            return
+        self._driver.engine.checkin(self._lease)
+        self._driver.settle()
+
+    async def destroy(self) -> None:
+        """Have the worker killed and replaced; a call still running ends with `LeaseError`.
+
+        Raises:
+            LeaseError: it was given back already.
+        """
+        self._check()
+        task = self._lease.task
+        if task is not None:
+            self._driver.engine.cancel(task)
+            error = LeaseError(f"lease {self.id} of pool {self.name!r} ended under a running call")
+            task.sink.failed(task, 0, error)
+        else:
+            self._driver.engine.destroy(self._lease, "its holder had it destroyed")
+        self._driver.settle()
+
+    def __del__(self) -> None:
+        lease = getattr(self, "_lease", None)
+        if lease is None or lease.ended is not None or self._process != os.getpid():
+            return
+        if self._driver.closed:
+            return  # its connection is closed, and the manager has taken the worker back
+        warnings.warn(
+            f"lease {self.id} of pool {self.name!r} was never checked in; it is now",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        self._driver.engine.post(self._driver.engine.checkin, lease)
+
+
+class AsyncProxy:
+    """An object in a worker; awaiting its methods runs them there. As `Lease.get`'s proxy."""
+
+    __slots__ = ("_lease", "_target", "_title")
+
+    def __init__(self, lease: AsyncLease, target: int, title: str) -> None:
+        self._lease = lease
+        self._target = target
+        self._title = title
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(
+                f"{name} of an object in a worker cannot be used through a proxy: "
+                "use lease.call(lambda resource: ...)"
+            )
+        lease, target = self._lease, self._target
+
+        async def method(*args: Any, **kwargs: Any) -> Any:
+            return await lease._method(target, name, args, kwargs)
+
+        method.__name__ = name
+        return method
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a proxy of an object in a worker cannot leave this process")
+
+    def __repr__(self) -> str:
+        return f"<AsyncProxy of {self._title} in {self._lease!r}>"

@@ -1,0 +1,57 @@
+"""What an answer on a channel means: a result, a reference to what stays there, an exception."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from whitepool_mp.errors import LeaseError, SerializationError
+from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire.messages import Message
+
+
+class Reference(NamedTuple):
+    """A method's result that cannot travel: its key in the worker, and its type's name."""
+
+    key: int
+    title: str
+
+
+def open_answer(message: Message, name: str, lease: int, pool: str) -> tuple[bool, Any]:
+    """Whether a call returned, and its result (or a `Reference`) or its exception.
+
+    Args:
+        message: a RESULT or an ERROR.
+        name: the function's qualified name, for errors.
+        lease, pool: under which lease of which pool it was called.
+    """
+    if message.kind == messages.ERROR:
+        return False, _failure(message, name, lease, pool)
+    try:
+        value = message.load()
+    except Exception as error:
+        failure = SerializationError(
+            f"the result of {name} could not be unpickled here: {type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+        return False, failure
+    if message.flags & messages.REFERENCE:
+        return True, Reference(*value)
+    return True, value
+
+
+def _failure(message: Message, name: str, lease: int, pool: str) -> BaseException:
+    """The exception that an ERROR message stands for."""
+    if message.flags == messages.FENCED:
+        return LeaseError(
+            f"the worker refused a call of {name} under lease {lease} of pool {pool!r}: it has "
+            "served a newer lease since"
+        )
+    error = payload.load_failure(message.payload)
+    if message.flags == messages.LOADING:
+        wrapped = SerializationError(
+            f"{name} or its arguments could not be unpickled in the worker: "
+            f"{type(error).__name__}: {error}"
+        )
+        wrapped.__cause__ = error.__cause__
+        return wrapped
+    return error

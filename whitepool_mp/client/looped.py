@@ -1,0 +1,112 @@
+"""The asyncio driver of an engine: no thread, the event loop waits for everything.
+
+event loop --add_reader(epoll), call_later(next deadline)--> Looped --pump--> Engine
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from typing import Any
+
+from whitepool_mp.client.answers import open_answer
+from whitepool_mp.client.engine import Engine
+from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.client.member import Member
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.wire.messages import Message
+
+
+class Looped:
+    """An engine in an event loop."""
+
+    def __init__(self, member: Member, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        try:
+            self.engine = Engine(*member.joining(), weakref.ref(member))
+        except LinkBroken:
+            raise member.gone() from None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle: list[asyncio.Future[None]] = []
+        self.closed = False
+        loop.add_reader(self.engine.fileno(), self.pump)
+
+    def pump(self) -> None:
+        """Something is ready or due."""
+        self.engine.pump(0)
+        self.settle()
+
+    def settle(self) -> None:
+        """After anything was asked of the engine: send it, and wake up when it is next due."""
+        if self.closed:
+            return
+        self.engine.flush()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.engine.next_deadline()
+        if due is not None:
+            delay = max(0.0, due - time.monotonic())
+            self._timer = self.loop.call_later(delay, self.pump)
+        if self._idle and self.engine.idle:
+            waiting, self._idle = self._idle, []
+            for future in waiting:
+                resolve(future, None)
+
+    async def wait_idle(self) -> None:
+        """Wait until no job is queued or running."""
+        if not self.engine.idle and not self.closed:
+            future: asyncio.Future[None] = self.loop.create_future()
+            self._idle.append(future)
+            await future
+
+    def close(self) -> None:
+        """Leave the event loop."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.loop.remove_reader(self.engine.fileno())
+        self.engine.close()
+        for future in self._idle:
+            resolve(future, None)
+
+
+def resolve(future: asyncio.Future[Any], value: Any) -> None:
+    """Give a future its result or exception, unless it was cancelled."""
+    if future.done():
+        return
+    if isinstance(value, BaseException):
+        # asyncio refuses StopIteration in a future; a generator would too.
+        if isinstance(value, StopIteration):
+            wrapped = RuntimeError(f"the call raised {value!r}")
+            wrapped.__cause__ = value
+            value = wrapped
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+
+
+class FutureSink:
+    """Hears of one call on behalf of an asyncio future."""
+
+    def __init__(self, future: asyncio.Future[Any], name: str, pool: str) -> None:
+        self._future = future
+        self._name = name
+        self._pool = pool
+
+    def began(self, task: Task) -> bool:
+        return not self._future.done()
+
+    def answered(self, task: Task, index: int, message: Message) -> None:
+        returned, value = open_answer(message, self._name, 0, self._pool)
+        if not self._future.done():
+            if returned:
+                self._future.set_result(value)
+            else:
+                resolve(self._future, value)
+
+    def failed(self, task: Task, index: int, error: BaseException) -> None:
+        resolve(self._future, error)

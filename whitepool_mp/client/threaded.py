@@ -1,0 +1,93 @@
+"""The threaded driver of an engine: what `submit` and `map` run on outside an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+
+from whitepool_mp.client.engine import Engine
+from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.client.member import Member
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.errors import PoolClosed
+
+
+def _look() -> None:
+    """Nothing to do but to go round once."""
+
+
+class Threaded:
+    """An engine with a daemon thread that drives it."""
+
+    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
+        try:
+            self.engine = Engine(path, key, token, member)
+        except LinkBroken:
+            present = member()
+            raise (present.gone() if present else PoolClosed("the pool was shut down")) from None
+        self.stopped = False
+        self._idle = threading.Condition()
+        self._waiters = 0
+        self._thread = threading.Thread(target=self._drive, name="whitepool-engine", daemon=True)
+        self._thread.start()
+        owner = member()
+        if owner is not None:
+            weakref.finalize(owner, self.stop).atexit = False
+
+    def _drive(self) -> None:
+        engine = self.engine
+        try:
+            while not self.stopped:
+                due = engine.next_deadline()
+                engine.pump(-1 if due is None else max(0.0, due - time.monotonic()))
+                if self._waiters and engine.idle:
+                    with self._idle:
+                        self._idle.notify_all()
+        finally:
+            self.stopped = True
+            engine.close()
+            with self._idle:
+                self._idle.notify_all()
+
+    def submit(self, task: Task, site: str = "") -> None:
+        """Queue a task."""
+        if self.stopped:
+            raise PoolClosed("the pool was shut down")
+        self.engine.post(self.engine.submit, task, site)
+
+    def cancel(self, task: Task) -> None:
+        """Give a task up."""
+        self.engine.post(self.engine.cancel, task)
+
+    def inside(self) -> bool:
+        """Whether the calling code runs in the engine's thread (a future's callback)."""
+        return threading.current_thread() is self._thread
+
+    def wait_idle(self, deadline: float | None = None) -> bool:
+        """Wait until no job is queued or running; whether that came to be."""
+        with self._idle:
+            self._waiters += 1
+            try:
+                while not self.stopped and not self.engine.idle:
+                    self.engine.post(_look)  # it looks at the waiters after each round
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    self._idle.wait(left)
+                return True
+            finally:
+                self._waiters -= 1
+
+    def stop(self) -> None:
+        """End the thread; what has not ended fails with `PoolClosed`."""
+        self.stopped = True
+        self.engine.post(_look)
+        if not self.inside() and self._thread.is_alive():
+            self._thread.join()
+
+    def forked(self) -> None:
+        """In a forked child, where the thread is not."""
+        self.stopped = True
+        self.engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
+        self.engine.discard()
