@@ -82,6 +82,8 @@ async def main():
             await task
         except asyncio.CancelledError:
             print("cancelled, and the pool serves on:", await session.run(pow, 2, 10))
+        began = time.perf_counter()
+    print(f"the pool stopped in {(time.perf_counter() - began) * 1000:.0f} ms")
 
 
 asyncio.run(main())

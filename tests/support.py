@@ -7,10 +7,12 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
+
+from whitepool_mp import Session
 
 MARK = "WHITEPOOL_TEST_RUN"
 RUN = uuid.uuid4().hex
@@ -58,4 +60,60 @@ def descriptors() -> dict[int, str]:
 def files() -> set[str]:
     """Temporary folders of pools, and shared memory."""
     pools = {entry for entry in os.listdir(tempfile.gettempdir()) if entry.startswith("whitepool-")}
-    return pools | {f"/dev/shm/{entry}" for entry in os.listdir("/dev/shm")}
+    shared = {entry for entry in os.listdir("/dev/shm") if not entry.startswith("PostgreSQL.")}
+    return pools | {f"/dev/shm/{entry}" for entry in shared}
+
+
+def whole(session: Session, seconds: float = 10.0) -> None:
+    """Wait until all of pool_size live and are free, and nothing else is going on."""
+
+    def is_whole() -> bool:
+        """a whole pool"""
+        now = session.status()
+        return now.available == now.pool_size and not (
+            now.leased or now.waiting or now.booting or now.overflow or now.retiring
+        )
+
+    until(is_whole, seconds)
+    assert all(psutil.pid_exists(row.pid) for row in session.workers() if row.pid is not None)
+
+
+@contextlib.contextmanager
+def pipe_writer(path: os.PathLike[str] | str) -> Iterator[Callable[[], int]]:
+    """Make a named pipe; gives a function that waits until somebody reads it, for its write end."""
+    os.mkfifo(path)
+    opened: list[int] = []
+
+    def attempt() -> int | None:
+        """a reader of the pipe"""
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # ENXIO: nobody reads yet
+            return None
+
+    def connect() -> int:
+        fd = until(attempt)
+        assert isinstance(fd, int)
+        opened.append(fd)
+        return fd
+
+    try:
+        yield connect
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def sibling(session: Session, folder: os.PathLike[str]) -> Iterator[None]:
+    """A call in another worker all the while: it must end unharmed, and the pool be whole."""
+    import deeds
+
+    path = os.path.join(folder, f"sibling-{uuid.uuid4().hex}")
+    with pipe_writer(path) as connect:
+        future = session.submit(deeds.read_pipe, path)
+        fd = connect()
+        yield
+        os.write(fd, b"unharmed")
+    assert future.result(timeout=10) == "unharmed"
+    whole(session)

@@ -390,6 +390,7 @@ class AsyncSession:
                 pass  # stuck: `close` kills it
             finally:
                 loop.remove_reader(pidfd)
+                os.close(pidfd)
         if self._running is not None:
             self._running.close()
         member.close()

@@ -53,23 +53,21 @@ class JobFuture(Future[Any]):
                 return True
             self._state = "CANCELLED"
             self._condition.notify_all()
-        # Tells wait() and as_completed() as well.
-        self.set_running_or_notify_cancel()
-        self._pool_member = None
-        if self._task is not None and self._threaded is not None:
-            self._threaded.cancel(self._task)
+            # Tells wait() and as_completed() as well.
+            self.set_running_or_notify_cancel()
+        task = self._let_go()
+        if task is not None and self._threaded is not None:
+            self._threaded.cancel(task)
         self._invoke_callbacks()  # type: ignore[attr-defined]
         return True
 
     # Sink
 
     def began(self, task: Task) -> bool:
-        if self.cancelled():
-            return False
-        try:
-            return self.set_running_or_notify_cancel()
-        except (InvalidStateError, RuntimeError):
-            return False  # cancelled between the two lines
+        with self._condition:
+            if self._state == "PENDING":
+                self.set_running_or_notify_cancel()
+            return self._state == "RUNNING"
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         returned, value = open_answer(message, self._name, 0, self._pool_name)
@@ -78,8 +76,13 @@ class JobFuture(Future[Any]):
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         self._settle(False, error)
 
+    def _let_go(self) -> Task | None:
+        """Keep neither the pool nor the arguments alive for as long as somebody keeps the future."""
+        task, self._task, self._pool_member = self._task, None, None
+        return task
+
     def _settle(self, returned: bool, value: Any) -> None:
-        self._pool_member = None
+        self._let_go()
         try:
             if returned:
                 self.set_result(value)

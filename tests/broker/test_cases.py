@@ -563,14 +563,30 @@ def test_waiters_learn_why_starts_fail_when_no_live_worker_could_serve_them() ->
     bench.step(Start())
     bench.checkout(ALICE)
     bench.checkout(BOB)
-    assert bench.acts(WorkerExited(1, "no database")) == [], "another one still boots"
+    bench.step(WorkerFailed(1, "no database"))
+    assert bench.take(Refuse) == [], "one still boots"
+    bench.step(WorkerFailed(2, "no database"))
     assert same(
-        bench.acts(WorkerExited(2, "no database")),
+        bench.take(Refuse),
         [
             Refuse(ALICE, 1, "factory_failed", "no database"),
             Refuse(BOB, 2, "factory_failed", "no database"),
         ],
     )
+
+
+def test_workers_that_die_while_starting_are_tried_three_times_before_waiters_are_refused() -> None:
+    bench = Bench(1)
+    bench.step(Start())
+    bench.checkout(ALICE)
+    for worker in (1, 2):
+        bench.step(WorkerExited(worker, "signal 9"))
+        assert bench.take(Refuse) == []
+        due = bench.broker.next_deadline()
+        assert due is not None
+        bench.step(Tick(), at=due)
+    bench.step(WorkerExited(3, "signal 9"))
+    assert same(bench.take(Refuse), [Refuse(ALICE, 1, "factory_failed", "signal 9")])
 
 
 def test_waiters_keep_waiting_for_a_live_worker_while_starts_fail() -> None:
@@ -597,6 +613,7 @@ def test_without_demand_a_failing_overflow_start_is_not_repeated() -> None:
     bench = Bench(0, 1)
     bench.step(Start())
     bench.checkout()
+    bench.step(WorkerFailed(1, "x"))
     bench.step(WorkerExited(1, "x"))
     assert bench.broker.next_deadline() is None
     assert bench.step(Tick(), at=100.0) == []
@@ -845,9 +862,9 @@ def test_draining_with_a_failing_factory_ends() -> None:
     bench.step(Start())
     bench.checkout()
     bench.step(Drain())
-    assert same(
-        bench.acts(WorkerExited(1, "x")), [Refuse(ALICE, 1, "factory_failed", "x"), Drained()]
-    )
+    bench.step(WorkerFailed(1, "x"))
+    assert same(bench.take(Refuse), [Refuse(ALICE, 1, "factory_failed", "x")])
+    assert same(bench.acts(WorkerExited(1, "x")), [Drained()])
 
 
 def test_an_empty_pool_is_drained_at_once_and_once() -> None:

@@ -54,6 +54,7 @@ START_TIMEOUT = 8.0
 STOP_TIMEOUT = 2.0
 BACKOFF_FIRST = 0.5
 BACKOFF_MAX = 4.0
+PATIENCE = 3
 
 
 EXAMPLES = 800
@@ -251,7 +252,7 @@ class Observer:
         state = worker.state
         self.workers.remove(worker)
         if state == "booting":
-            self.fail([worker], reason)
+            self.fail([worker], reason, told=False)
         elif state in ("idle", "leased"):
             self.due_reports.append(("crashed", worker.id))
             if worker in self.idle:
@@ -260,9 +261,9 @@ class Observer:
             if not worker.grants:
                 self.unused_deaths += 1
                 if self.unused_deaths > self.limit:
-                    self.fail([worker], reason)
+                    self.fail([worker], reason, told=False)
 
-    def fail(self, failed: list[W], reason: str) -> None:
+    def fail(self, failed: list[W], reason: str, told: bool = True) -> None:
         """Starts failed, one after the other."""
         if not failed:
             return
@@ -277,7 +278,7 @@ class Observer:
                 for other in self.workers + failed:
                     other.fresh = False
         if not self.by_state("booting"):
-            if self.live:
+            if self.live or (not told and self.attempt < PATIENCE):
                 self.due_refusals = [t for t in self.waiting if not t.block]
             else:
                 self.due_refusals = list(self.waiting)

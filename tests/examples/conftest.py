@@ -90,6 +90,8 @@ def run_example() -> Iterator[RunExample]:
     ) -> Finished:
         mark = uuid.uuid4().hex
         paths = [str(Path(whitepool_mp.__file__).parents[1])]
+        if "PYTHONPATH" in os.environ:
+            paths.append(os.environ["PYTHONPATH"])
         if hide:  # a module that cannot be imported, as if it were not installed
             absent = folder / "absent"
             absent.mkdir(exist_ok=True)

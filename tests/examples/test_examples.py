@@ -133,4 +133,5 @@ def test_asyncio_pool(run_example: Callable[..., Any]) -> None:
     assert int(spun[1]) > 10
     ended.line("too slow: CallTimeout: ")
     ended.line("cancelled, and the pool serves on: 1024$")
+    assert int(ended.line(r"the pool stopped in (\d+) ms$")[1]) < 5000
     assert ended.err == ""

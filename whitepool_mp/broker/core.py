@@ -276,7 +276,7 @@ class Broker(Moves):
         if worker is None:
             return
         self._kill(worker, "its start failed", now, out)
-        self._start_failed(worker, event.reason, now, out)
+        self._start_failed(worker, event.reason, now, out, told=True)
         self._settle(now, out)
 
     def _on_exited(self, event: WorkerExited, now: float, out: list[Effect]) -> None:
@@ -288,12 +288,12 @@ class Broker(Moves):
         self._detach(worker)
         self._roster.forget(worker)
         if state is BOOTING:
-            self._start_failed(worker, event.reason, now, out)
+            self._start_failed(worker, event.reason, now, out, told=False)
         elif state is IDLE or state is LEASED:
             self._counters["crashes"] += 1
             self._report("crashed", worker.id, event.reason, out)
             if not worker.leases_served and self._starts.died_unused(self._limit):
-                self._start_failed(worker, event.reason, now, out)
+                self._start_failed(worker, event.reason, now, out, told=False)
         self._settle(now, out)
 
     def _booting(self, event: WorkerReady | WorkerFailed) -> Worker | None:
@@ -321,7 +321,7 @@ class Broker(Moves):
                 break
             reason = f"did not start within {policy.start_timeout:g} s"
             self._kill(worker, reason, now, out)
-            self._start_failed(worker, reason, now, out)
+            self._start_failed(worker, reason, now, out, told=True)
         while roster.retiring:
             worker = oldest(roster.retiring)
             if now < worker.since + policy.stop_timeout:

@@ -59,6 +59,10 @@ _REFUSED: dict[Why, str] = {
 }
 
 
+PATIENCE = 3
+"""How many rounds of starts may die without a word until waiters are refused."""
+
+
 def oldest(workers: OrderedDict[int, Worker]) -> Worker:
     """Give the worker that has been longest in this state."""
     return next(iter(workers.values()))
@@ -128,16 +132,23 @@ class Moves:
         else:
             self._grow(now, out)
 
-    def _start_failed(self, worker: Worker, reason: str, now: float, out: list[Effect]) -> None:
-        """Draw the consequences of a failed start, except for the worker itself."""
+    def _start_failed(
+        self, worker: Worker, reason: str, now: float, out: list[Effect], *, told: bool
+    ) -> None:
+        """Draw the consequences of a failed start, except for the worker itself.
+
+        A factory that raised, or took too long, has told why, and who waits is told at once. A
+        process that merely died while it started may have been killed by anybody: that is worth
+        `PATIENCE` attempts before those who would wait for a worker are turned away.
+        """
         self._counters["start_failures"] += 1
         self._report("start_failed", worker.id, reason, out)
         delay = self._starts.failed(worker, reason, now)
         if delay is not None:
             self._report("backing_off", None, f"next start in {delay:.3g} s", out)
         if not self._roster.booting:
-            live = self._roster.live
-            for waiter in self._waitlist.impatient() if live else self._waitlist.all():
+            wait_on = self._roster.live or not (told or self._starts.attempts >= PATIENCE)
+            for waiter in self._waitlist.impatient() if wait_on else self._waitlist.all():
                 self._unwait(waiter)
                 self._refuse(waiter.client, waiter.ticket, "factory_failed", reason, out)
 

@@ -40,6 +40,11 @@ class Starts:
         """Whether a start failed and none has succeeded since."""
         return self._backoff.attempt > 0
 
+    @property
+    def attempts(self) -> int:
+        """How many rounds of starts failed since the last success."""
+        return self._backoff.attempt
+
     def failed(self, worker: Worker, reason: str, now: float) -> float | None:
         """Note a failed start.
 

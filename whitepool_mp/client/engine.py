@@ -91,11 +91,16 @@ class Engine:
         return self._epoll.fileno()
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
-        """Have the driver's thread call `function(*args)` soon; from any thread."""
-        self._posted.append((function, args))
+        """Have the driver's thread call `function(*args)` soon; from any thread.
+
+        After the end it is called at once, where it finds the engine broken.
+        """
         with self._wake_lock:
             if self._wake >= 0:
+                self._posted.append((function, args))
                 os.eventfd_write(self._wake, 1)
+                return
+        function(*args)
 
     def next_deadline(self) -> float | None:
         """When `pump` must be called at the latest, on the monotonic clock."""
@@ -110,6 +115,7 @@ class Engine:
         """Deal with everything that is ready, waiting at most `timeout` seconds (-1: for ever)."""
         for fd, events in self._epoll.poll(min(timeout, 2_000_000.0)):
             if fd == self._wake:
+                os.eventfd_read(self._wake)
                 self._run_posted()
             elif self._sock.fileno() == fd:
                 if events & ~select.EPOLLOUT:
@@ -135,6 +141,7 @@ class Engine:
         if self.broken is None:
             self._break(self._gone())
         self.discard()
+        self._run_posted()
 
     def discard(self) -> None:
         """Close this process's descriptors, and nothing else."""
@@ -247,7 +254,6 @@ class Engine:
             self._epoll.modify(self._sock.fileno(), events)
 
     def _run_posted(self) -> None:
-        os.eventfd_read(self._wake)
         while self._posted:
             function, args = self._posted.popleft()
             function(*args)
@@ -363,7 +369,7 @@ class Engine:
     def _next_task(self) -> Task | None:
         while self._pending:
             task = self._pending.popleft()
-            if not task.cancelled and (task.at or task.deaths or task.sink.began(task)):
+            if not task.cancelled and task.sink.began(task):
                 return task
         return None
 
@@ -435,18 +441,19 @@ class Engine:
             return
         except OSError:
             count = 0
-        lease = channel.lease
         if not count:
-            if lease is None:
-                fd = channel.sock.fileno()
-                worker = next(key for key, value in self._channels.items() if value is channel)
-                assert fd in self._by_fd
-                self._close_channel(worker)
-            else:
-                self._lost(lease)
+            self._hung_up(channel)
             return
         reader.received(count)
-        while (message := reader.pop()) is not None:
+        lease = channel.lease
+        while True:
+            try:
+                message = reader.pop()
+            except ProtocolError:  # something in the worker wrote to descriptors not its own
+                self._hung_up(channel)
+                return
+            if message is None:
+                return
             task = lease.task if lease is not None else None
             if lease is None or task is None or message.number != lease.number:
                 continue  # the answer of a call that was given up
@@ -462,6 +469,15 @@ class Engine:
             if not lease.kept:
                 self.checkin(lease)
             task.sink.answered(task, index, message)
+
+    def _hung_up(self, channel: EngineChannel) -> None:
+        """Nothing more can come through a channel."""
+        if channel.lease is not None:
+            self._lost(channel.lease)
+        else:
+            self._close_channel(
+                next(worker for worker, known in self._channels.items() if known is channel)
+            )
 
     def _lost(self, lease: EngineLease) -> None:
         """A worker is gone: find out why for the call it had begun, move the others on."""

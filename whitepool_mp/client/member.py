@@ -174,11 +174,16 @@ class Member:
     # --- the engine -----------------------------------------------------------------------
 
     def threaded(self) -> Threaded:
-        """The engine behind `submit` and `map`, started when it is first wanted."""
+        """The engine behind `submit` and `map`, started when it is first wanted.
+
+        Raises:
+            PoolClosed: the pool was shut down, or is being shut down here.
+            ManagerDied: its manager is gone.
+        """
         with self._lock:
+            if self.closed or self.draining:
+                raise self.closing()
             if self._threaded is None or self._threaded.stopped:
-                if self.closed:
-                    raise self.gone()
                 from whitepool_mp.client.threaded import Threaded
 
                 self._threaded = Threaded(*self.joining(), weakref.ref(self))

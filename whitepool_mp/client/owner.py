@@ -131,11 +131,15 @@ class Owner:
             self.wait(None)
 
     def ask_to_end(self) -> int | None:
-        """Ask the manager to end the pool; a descriptor readable when it has, None if it has."""
-        if self._reaped:
-            return None
+        """Ask the manager to end the pool.
+
+        Returns:
+            A descriptor that is readable when it has ended, the caller's to close (a copy: whoever
+            reaps the manager meanwhile closes the original); None if it has ended.
+        """
         self._signal(signal.SIGTERM)
-        return self._pidfd
+        with self._lock:
+            return None if self._reaped else os.dup(self._pidfd)
 
     def _signal(self, number: int) -> None:
         with self._lock:

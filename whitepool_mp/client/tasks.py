@@ -17,7 +17,7 @@ class Sink(Protocol):
     """
 
     def began(self, task: Task) -> bool:
-        """The task is about to be sent to a worker; False: it is not wanted any more."""
+        """The task, or what is left of it, is about to be sent; False: nobody wants it any more."""
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         """A RESULT or ERROR came; the message is valid until this returns."""

@@ -45,6 +45,7 @@ class Hand:
         "born",
         "control",
         "decoder",
+        "early",
         "kill_reason",
         "page",
         "pid",
@@ -61,6 +62,7 @@ class Hand:
         self.page = page
         self.born = born
         self.pid: int | None = None
+        self.early: list[bytes] = []  # what it said before its birth was announced
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
 
@@ -327,6 +329,10 @@ class Crew:
             self._by_pid[pid] = hand
             if hand.kill_reason is not None:
                 _kill_group(pid)
+                continue
+            early, hand.early = hand.early, []
+            for body in early:
+                self._said(hand, body)
 
     def _lose_nursery(self) -> None:
         assert self._nursery is not None
@@ -335,9 +341,11 @@ class Crew:
         self._nursery = None
         while self._orders:
             self._orders.popleft()[1][0].close()
-        word = self._nursery_word or "the nursery, which starts the workers, died"
+        told = self._nursery_word
         for hand in list(self._unborn.values()):
-            self._bury(hand, None, None, word)
+            if told:
+                self._listener.worker_failed(hand.worker, told)
+            self._bury(hand, None, None, told or "the nursery, which starts the workers, died")
 
     # --- the workers' own words -----------------------------------------------------------
 
@@ -359,11 +367,17 @@ class Crew:
             except ProtocolError as error:
                 self.kill(hand.worker, f"it sent nonsense to the manager: {error}")
                 return
+            if hand.pid is None:
+                hand.early += bodies  # quicker than the middleman that is to announce it
+                continue
             for body in bodies:
-                if body[0] == frames.READY:
-                    self._listener.worker_ready(hand.worker)
-                elif body[0] == frames.FAILED:
-                    self._listener.worker_failed(hand.worker, frames.read_plain(body))
+                self._said(hand, body)
+
+    def _said(self, hand: Hand, body: bytes) -> None:
+        if body[0] == frames.READY:
+            self._listener.worker_ready(hand.worker)
+        elif body[0] == frames.FAILED:
+            self._listener.worker_failed(hand.worker, frames.read_plain(body))
 
     def _tell(self, hand: Hand, data: bytes, passed: socket.socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""

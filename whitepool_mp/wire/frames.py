@@ -153,7 +153,7 @@ def _unpack(layout: struct.Struct, body: bytes) -> tuple[Any, ...]:
     try:
         return layout.unpack_from(body)
     except struct.error:
-        raise ProtocolError(f"a frame of kind {body[0]} is cut short: {len(body)} bytes") from None
+        raise ProtocolError(f"a frame is cut short: {body[:64]!r}") from None
 
 
 def _text(body: bytes, start: int) -> str:
@@ -316,7 +316,7 @@ def read_reply(body: bytes) -> Any:
 
     try:
         return json.loads(body[_REQUEST.size :])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a reply that is not JSON: {error}") from None
 
 

@@ -58,6 +58,8 @@ _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
 _IN_OWN_MAPPING = 256 * 1024
 _LARGEST = 1 << 46
+MAX_BUFFERS = (_BUFFER - HEAD.size) // 8
+"""How many buffers a message may have: head and sizes must fit the reader's buffer."""
 _GATHER = 512
 
 
@@ -106,9 +108,22 @@ def pack_split(function: bytes, arguments: bytes) -> bytes:
 
 
 def read_split(payload: memoryview) -> tuple[bytes, memoryview]:
-    """The function's pickle and the arguments' of a SPLIT call."""
-    (size,) = _SIZE.unpack_from(payload)
+    """The function's pickle and the arguments' of a SPLIT call.
+
+    Raises:
+        ProtocolError: it is no such payload.
+    """
+    size = _size(payload, 0)
     return bytes(payload[4 : 4 + size]), payload[4 + size :]
+
+
+def _size(payload: memoryview, at: int) -> int:
+    """The size that stands there."""
+    try:
+        (size,) = _SIZE.unpack_from(payload, at)
+    except struct.error:
+        raise ProtocolError(f"a payload of {len(payload)} bytes is cut short") from None
+    return int(size)
 
 
 def pack_batch(function: bytes, items: Sequence[bytes]) -> bytes:
@@ -121,14 +136,18 @@ def pack_batch(function: bytes, items: Sequence[bytes]) -> bytes:
 
 
 def read_batch(payload: memoryview) -> tuple[bytes, list[bytes]]:
-    """The function's pickle and those of each call's arguments."""
-    (size,) = _SIZE.unpack_from(payload)
+    """The function's pickle and those of each call's arguments.
+
+    Raises:
+        ProtocolError: it is no such payload.
+    """
+    size = _size(payload, 0)
     at = 4 + size
     function = bytes(payload[4:at])
     items = []
     end = len(payload)
     while at < end:
-        (size,) = _SIZE.unpack_from(payload, at)
+        size = _size(payload, at)
         items.append(bytes(payload[at + 4 : at + 4 + size]))
         at += 4 + size
     return function, items
@@ -217,7 +236,7 @@ class MessageReader:
             sizes: tuple[int, ...] = ()
         else:
             if available < HEAD.size + 8 * count:
-                if HEAD.size + 8 * count > _BUFFER:
+                if count > MAX_BUFFERS:
                     raise ProtocolError(f"a message of {count} buffers")
                 return None
             sizes = struct.unpack_from(f"<{count}Q", self._buffer, body)
@@ -230,7 +249,10 @@ class MessageReader:
 
     def _collect(self, at: int, sizes: list[int]) -> None:
         """Make room for a large message's parts and move in what has come of them already."""
-        self._parts = [room(size) if size else b"" for size in sizes]
+        try:
+            self._parts = [room(size) if size else b"" for size in sizes]
+        except (OSError, MemoryError, ValueError) as error:
+            raise ProtocolError(f"no memory for a message of {sum(sizes)} bytes: {error}") from None
         targets = []
         for part in self._parts:
             view = memoryview(part)

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
+from whitepool_mp.wire.messages import MAX_BUFFERS
 
 OUT_OF_BAND = 16 * 1024
 """Buffers of at least this many bytes travel beside the pickle."""
-
-MAX_BUFFERS = 60_000
 
 _FAILURE = struct.Struct("<II")
 

@@ -1,0 +1,370 @@
+"""What the tests have workers do, good and bad. Workers import it, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+
+
+def add(x, y=0, *, z=0):
+    return x + y + z
+
+
+def echo(value):
+    return value
+
+
+def named(**kwargs):
+    return kwargs
+
+
+def read_pipe(path):
+    """Wait for whatever the test writes into a named pipe, to the end."""
+    with open(path) as pipe:
+        return pipe.read()
+
+
+def wait_in(path, *_):
+    """Note this process's pid in a file, and wait to be ended."""
+    note(path)
+    while True:
+        signal.pause()
+
+
+def note(path):
+    """Add this process's pid to a file; how many lines it has now."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        os.write(fd, b"%d\n" % os.getpid())
+        return os.pread(fd, 1 << 20, 0).count(b"\n")
+    finally:
+        os.close(fd)
+
+
+def noted(path):
+    """The pids in such a file."""
+    try:
+        with open(path) as file:
+            return [int(line) for line in file]
+    except FileNotFoundError:
+        return []
+
+
+# --- deaths -----------------------------------------------------------------------------------
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def abort():
+    os.abort()
+
+
+def leave():
+    os._exit(3)
+
+
+def ask_to_exit():
+    sys.exit(4)
+
+
+def libc_exit():
+    ctypes.CDLL(None).exit(0)
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def overflow_stack():
+    """Recurse through C until its stack is full, or the interpreter notices."""
+    sys.setrecursionlimit(10**7)
+
+    def deeper(_):
+        return list(map(deeper, [0]))
+
+    deeper(0)
+
+
+class OnUnpickling:
+    """Does its deed when it is unpickled."""
+
+    def __init__(self, deed, *args):
+        self.deed, self.args = deed, args
+
+    def __reduce__(self):
+        return self.deed, self.args
+
+
+class OnPickling:
+    """Does its deed when it is pickled."""
+
+    def __init__(self, deed):
+        self.deed = deed
+
+    def __reduce__(self):
+        self.deed()
+        return OnPickling, (self.deed,)
+
+
+def on_pickling(deed):
+    return OnPickling(deed)
+
+
+class OnDeletion:
+    """Does its deed when it goes, in another process than the one that made it."""
+
+    def __init__(self, deed):
+        self.deed, self.home = deed, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.home:
+            self.deed()
+
+
+def broken():
+    raise ValueError("broken while unpickling")
+
+
+def on_unpickling(deed):
+    return OnUnpickling(deed)
+
+
+# --- exceptions -------------------------------------------------------------------------------
+
+
+class Plain(Exception):
+    """An exception of the user's."""
+
+
+class Base(BaseException):
+    """One that `except Exception` does not catch."""
+
+
+class NeedsArguments(Exception):
+    """Cannot be made again from its `args`."""
+
+    def __init__(self, code, *, detail):
+        super().__init__(f"code {code}: {detail}")
+
+
+class Unpicklable(Exception):
+    """Holds what cannot travel."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class Speechless(Exception):
+    """Cannot even be printed."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class Changeling(Exception):
+    """Unpickles as something else."""
+
+    def __reduce__(self):
+        return str, ("not an exception",)
+
+
+class Spiteful(Exception):
+    """Raises where it is unpickled."""
+
+    def __reduce__(self):
+        return broken, ()
+
+
+def throw(kind, *args, **kwargs):
+    raise kind(*args, **kwargs)
+
+
+def throw_with_field():
+    error = Plain("with a field")
+    error.code = 42
+    raise error
+
+
+def throw_from():
+    try:
+        raise KeyError("the first")
+    except KeyError as first:
+        raise Plain("the second") from first
+
+
+def recurse():
+    return recurse()
+
+
+def nest(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def pickle_badly():
+    raise KeyboardInterrupt("while pickling")
+
+
+# --- objects ----------------------------------------------------------------------------------
+
+
+class Node:
+    """One that can point to itself."""
+
+    def __init__(self, name):
+        self.name = name
+        self.next = self
+
+
+class Counter:
+    """A resource with a state of its own."""
+
+    def __init__(self, start=0):
+        self.count = start
+        self.lock = threading.Lock()
+        self._made = weakref.WeakSet()
+
+    def add(self, n):
+        self.count += n
+        return self.count
+
+    def myself(self):
+        return self
+
+    def make(self):
+        """An object that cannot travel."""
+        thing = Thing()
+        self._made.add(thing)
+        return thing
+
+    def alive(self):
+        return len(self._made)
+
+    def fail(self):
+        raise Plain("in a method")
+
+
+class Thing:
+    """Cannot be pickled, and says so."""
+
+    def hello(self):
+        return "hello"
+
+    def __reduce__(self):
+        raise TypeError("a Thing stays where it is")
+
+
+def deaf_counter():
+    """A resource in a process that ignores SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return Counter()
+
+
+def hang(*_):
+    while True:
+        time.sleep(60)
+
+
+# --- other misdeeds ---------------------------------------------------------------------------
+
+
+def stop_self():
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return "continued"
+
+
+def hold_gil():
+    ctypes.PyDLL(None).sleep(60)
+
+
+def take_memory():
+    import resource
+
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+    try:
+        return len(bytearray(1 << 30))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def linger(path, deed="stay"):
+    """Leave a process behind that keeps every descriptor; its pid."""
+    pid = os.fork() if deed != "raw" else ctypes.PyDLL(None).fork()
+    if pid:
+        return pid
+    if deed == "detach":
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait_in(path)
+
+
+def close_everything():
+    os.closerange(3, 1024)
+
+
+def become(*command):
+    os.execv(command[0], command)
+
+
+def leave_thread():
+    """A thread that never ends, and is no daemon."""
+    threading.Thread(target=hang).start()
+    return "left"
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+# --- factories --------------------------------------------------------------------------------
+
+
+def failing_factory():
+    raise LookupError("no database here")
+
+
+def chatty_factory():
+    for number in range(20_000):
+        print("line", number, "of a factory that talks a lot")
+    return "done"
+
+
+class FailsFirst:
+    """A factory that does its deed the first `times` times, counted in a file, then works."""
+
+    def __init__(self, path, times, deed, *args):
+        self.path, self.times, self.deed, self.args = path, times, deed, args
+
+    def __call__(self):
+        number = note(self.path)
+        if number <= self.times:
+            self.deed(*self.args)
+        return number
+
+
+class HangsLater:
+    """A factory that works the first `times` times, and then takes as long as a pipe says."""
+
+    def __init__(self, path, times, pipe):
+        self.path, self.times, self.pipe = path, times, pipe
+
+    def __call__(self):
+        number = note(self.path)
+        if number > self.times:
+            read_pipe(self.pipe)
+        return number
