@@ -89,9 +89,7 @@ with Pool(pool_size=4, factory=connect, teardown=close, name="bank") as session:
         reference = [lease.call(count_divisible, divisor)[0] for divisor in divisors]
     print(f"the same, one after another, agrees: {[n for n, _ in answers] == reference}")
 
-# The pool has stopped: every worker ran `close`. SQLite itself confirms it, for the files of the
-# write-ahead log go away with the last connection.
+# The pool has stopped, and every worker ran `close`.
 print(Path(journal).read_text(), end="")
-print(f"files left beside the log: {sorted(set(os.listdir(folder.name)) - {'teardown.log'})}")
 folder.cleanup()
 print(f"temporary folder removed: {not os.path.exists(folder.name)}")

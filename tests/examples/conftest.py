@@ -85,7 +85,7 @@ def run_example() -> Iterator[RunExample]:
         *args: str,
         stdin: str | None = None,
         hide: str | None = None,
-        deadline: float = 120,
+        deadline: float = 90,
         **env: str,
     ) -> Finished:
         mark = uuid.uuid4().hex

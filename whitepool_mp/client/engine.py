@@ -385,6 +385,7 @@ class Engine:
         number = next(self._numbers)
         self._replies[number] = lambda body: self._heard_channel(lease, body)
         self._say(frames.request_lease(frames.OPEN, number, lease.id))
+        self._set_deadline(lease, task)  # until it is sent: the manager may be stuck
 
     def _heard_channel(self, lease: EngineLease, body: bytes) -> None:
         if not body:

@@ -245,7 +245,9 @@ class Manager:
         worker = self._broker.lease_worker(holder.id, lease)
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
-            self._door.send(client, frames.reply(number, None))
+            # Nothing but the end of the pool takes a lease from a holder who is there to ask.
+            ended = {"reason": "the pool was terminated"} if self._broker.status().draining else None
+            self._door.send(client, frames.reply(number, ended))
             return
         self._asking.setdefault(worker, []).append((client, number))
         # Most likely it is dying, and its exit is about to be reported. If not, it is unreachable.

@@ -15,6 +15,7 @@ Nothing here decides: what becomes of a worker is the broker's affair.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -155,7 +156,6 @@ class Crew:
             return f"the manager cannot start a worker: {type(error).__name__}: {error}"
         hand = Hand(worker, slot, ours, page, self._clock())
         self._hands[worker] = self._unborn[worker] = hand
-        self._loop.add(ours.fileno(), lambda _: self._hear(hand))
         order = nurseries.SPAWN.pack(nurseries.SPAWN_KIND, worker, slot)
         self._orders.append((order, [theirs], [page]))
         self._send_orders()
@@ -327,6 +327,8 @@ class Crew:
                 continue
             hand.pid = pid
             self._by_pid[pid] = hand
+            # Not listened to before: a quick worker's READY can overtake the news of its birth.
+            self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
             if hand.kill_reason is not None:
                 _kill_group(pid)
                 continue
@@ -348,6 +350,9 @@ class Crew:
             self._bury(hand, None, None, told or "the nursery, which starts the workers, died")
 
     # --- the workers' own words -----------------------------------------------------------
+
+    def _heard(self, hand: Hand, _: int) -> None:
+        self._hear(hand)
 
     def _hear(self, hand: Hand) -> None:
         while hand.control.fileno() >= 0:

@@ -1,0 +1,438 @@
+"""Objects to bytes and back: what travels, how, and what is said of that which does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import pickle
+import subprocess
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whitepool_mp.errors import (
+    FactoryFailed,
+    RemoteError,
+    RemoteTraceback,
+    SerializationError,
+    WorkerDied,
+)
+from whitepool_mp.wire import messages, payload
+
+KIB = 1024
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int
+
+    def norm(self) -> int:
+        return self.x**2 + self.y**2
+
+
+class Sulky:
+    """It cannot be pickled, and says so in a way of its own."""
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("leave me where I am")
+
+
+class Mute(Sulky):
+    def __repr__(self) -> str:
+        raise ValueError("no words")
+
+
+class LoadBomb:
+    """It pickles, but does not unpickle."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return int, ("not a number",)
+
+
+def round_trip(value: Any) -> Any:
+    data, buffers = payload.dumps(value)
+    return payload.loads(data, buffers=[bytearray(each.raw()) for each in buffers])
+
+
+# --- dumps and loads --------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+    | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.tuples(inner, inner)
+    | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(VALUES)
+def test_plain_values_come_back_equal(value: Any) -> None:
+    assert round_trip(value) == value
+
+
+def test_recursive_objects_come_back_recursive() -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    back = round_trip(loop)
+    assert back[1] is back
+    first: dict[str, Any] = {}
+    second = {"first": first}
+    first["second"] = second
+    back = round_trip(first)
+    assert back["second"]["first"] is back
+
+
+def test_buffers_of_16_kib_travel_beside_the_pickle_and_smaller_ones_inside() -> None:
+    for size, beside in ((payload.OUT_OF_BAND - 1, 0), (payload.OUT_OF_BAND, 1)):
+        data, buffers = payload.dumps(np.zeros(size, dtype=np.uint8))
+        assert len(buffers) == beside
+        assert (len(data) > size) is not bool(beside)
+
+
+def test_an_array_beside_the_pickle_is_not_copied() -> None:
+    array = np.arange(KIB * KIB)
+    _, (buffer,) = payload.dumps(array)
+    assert np.shares_memory(np.frombuffer(buffer.raw(), array.dtype), array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(10_000.0),
+        np.arange(10_000).reshape(100, 100).T,
+        np.arange(40_000)[::2],
+        np.arange(40_000).reshape(200, 200)[:, ::3],
+        np.array([], dtype=np.int8),
+        np.array([("a", 1)] * 3000, dtype=[("name", "U8"), ("n", "i4")]),
+    ],
+    ids=["plain", "transposed", "strided", "columns", "empty", "records"],
+)
+def test_arrays_of_every_layout_come_back_equal(array: np.ndarray[Any, Any]) -> None:
+    array.flags.writeable = False
+    back = round_trip(array)
+    assert back.dtype == array.dtype
+    np.testing.assert_array_equal(back, array)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_of_every_size_come_back(kind: type[Any]) -> None:
+    for size in (0, 1, payload.OUT_OF_BAND, 300 * KIB):
+        assert round_trip(kind(b"x" * size)) == kind(b"x" * size)
+        assert type(round_trip(kind(size))) is kind
+
+
+def test_no_more_buffers_travel_beside_a_pickle_than_a_message_holds() -> None:
+    arrays = [bytearray(payload.OUT_OF_BAND)] + [
+        pickle.PickleBuffer(bytearray(payload.OUT_OF_BAND)) for _ in range(messages.MAX_BUFFERS + 5)
+    ]
+    _, buffers = payload.dumps(arrays)
+    assert len(buffers) == messages.MAX_BUFFERS
+
+
+# --- what travels by value --------------------------------------------------------------------
+
+
+def by_value(value: Any) -> bool:
+    return b"cloudpickle" in payload.dumps_inside(value)
+
+
+def test_a_function_of_an_importable_module_travels_by_name() -> None:
+    assert not by_value(operator.add)
+    assert round_trip(operator.add) is operator.add
+
+
+def test_lambdas_closures_and_local_classes_travel_by_value() -> None:
+    n = 3
+
+    class Local:
+        def three(self) -> int:
+            return n
+
+    assert by_value(lambda: n)
+    assert round_trip(lambda x: x + n)(4) == 7
+    assert round_trip(Local)().three() == 3
+    assert round_trip(Local()).three() == 3
+
+
+def test_partials_and_bound_methods_travel() -> None:
+    assert round_trip(functools.partial(pow, 2))(5) == 32
+    assert round_trip(Point(3, 4).norm)() == 25
+
+
+def test_what_a_script_defines_travels_by_value() -> None:
+    """The worker's `__main__` is another than the script's."""
+    script = """
+        import pickle, sys
+        from whitepool_mp.wire import payload
+        class Mine:
+            def __init__(self, x): self.x = x
+        def mine(x): return Mine(x + 1)
+        sys.stdout.buffer.write(payload.dumps((mine, Mine(5), [mine]))[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    function, instance, (same,) = payload.loads(data)
+    assert instance.x == 5
+    assert function(1).x == 2
+    assert same is function
+
+
+def test_text_that_merely_mentions_main_comes_back_too() -> None:
+    assert round_trip("if __name__ == '__main__'") == "if __name__ == '__main__'"
+
+
+# --- failures name the culprit ----------------------------------------------------------------
+
+
+def why(call: Callable[[], Any]) -> str:
+    with pytest.raises(SerializationError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_argument_that_cannot_be_pickled_is_named() -> None:
+    said = why(lambda: payload.dump_call(double, (1, Sulky()), {}))
+    assert "argument 1 of " in said and "double" in said
+    assert "Sulky object" in said and "RuntimeError: leave me where I am" in said
+
+
+def test_a_keyword_argument_that_cannot_be_pickled_is_named() -> None:
+    said = why(lambda: payload.dump_call(double, (1,), {"good": 1, "bad": Sulky()}))
+    assert "argument 'bad' of " in said
+    assert "leave me where I am" in said
+
+
+def test_a_function_that_cannot_be_pickled_is_named() -> None:
+    sulky = Sulky()
+    said = why(lambda: payload.dump_call(lambda: sulky, (), {}))
+    assert "the function " in said and "<lambda>" in said and "leave me" in said
+
+
+def test_a_call_that_fails_only_as_a_whole_is_named_by_its_function() -> None:
+    class Once:
+        calls = 0
+
+        def __reduce__(self) -> Any:
+            Once.calls += 1
+            if Once.calls <= 2:  # by pickle, by cloudpickle; the search for the culprit finds none
+                raise RuntimeError("only then")
+            return Point, (1, 2)
+
+    assert "the call of " in why(lambda: payload.dump_call(double, (Once(),), {}))
+
+
+def test_an_argument_that_cannot_even_be_shown_is_named() -> None:
+    said = why(lambda: payload.dump_arguments(double, (Mute(),), {}))
+    assert "argument 0 of " in said and "<Mute whose repr raised ValueError>" in said
+
+
+def test_a_factory_that_cannot_be_pickled_is_named_as_such() -> None:
+    sulky = Sulky()
+
+    def connect() -> Sulky:
+        return sulky
+
+    said = why(lambda: payload.dump_function(connect, "factory"))
+    assert said.startswith("the factory ") and "connect cannot be pickled" in said
+    assert "build such things inside the worker" in said
+
+
+def test_the_original_error_is_the_cause() -> None:
+    with pytest.raises(SerializationError) as caught:
+        payload.dump_call(double, (Sulky(),), {})
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_generators_locks_and_files_are_refused() -> None:
+    import threading
+
+    for value in ((x for x in "ab"), threading.Lock(), sys.stdout):
+        assert "argument 0 of " in why(lambda value=value: payload.dump_call(double, (value,), {}))
+
+
+def test_names_are_those_a_reader_knows() -> None:
+    assert payload.qualified_name(double) == f"{__name__}.double"
+    assert payload.qualified_name(functools.partial(functools.partial(double, 1))).endswith(
+        ".double"
+    )
+    assert payload.qualified_name(len) == "len"
+    assert payload.qualified_name(Point(1, 2).norm).endswith("Point.norm")
+    assert payload.qualified_name(functools.lru_cache(double)).endswith(".double")
+
+
+def test_a_repr_is_shortened_and_never_raises() -> None:
+    assert payload.shorten("x" * 500) == "'" + "x" * 76 + "..."
+    assert payload.shorten(Mute()) == "<Mute whose repr raised ValueError>"
+
+
+# --- exceptions -------------------------------------------------------------------------------
+
+
+class Plain(Exception):
+    pass
+
+
+class NeedsTwo(Exception):
+    """Its constructor takes more than `args` tells, so that it pickles but does not unpickle."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class KeepsState(Exception):
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class BadStr(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Unpicklable(Exception):
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("not me")
+
+
+class TurnsIntoText(Exception):
+    def __reduce__(self) -> Any:
+        return str, ("I was an exception",)
+
+
+class ExitsWhenLoaded(Exception):
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def travel(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as raised:
+        text = traceback.format_exc()
+        back = payload.load_failure(payload.dump_failure(raised, text))
+        assert payload.failure_traceback(payload.dump_failure(raised, text)) == text
+    assert isinstance(back.__cause__, RemoteTraceback)
+    assert back.__cause__.text == text
+    assert "in travel" in str(back.__cause__)
+    return back
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Plain("x", 1),
+        KeyError("k"),
+        OSError(2, "No such file", "/x"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        StopIteration(3),
+        KeyboardInterrupt(),
+        SystemExit(3),
+        GeneratorExit(),
+        Interrupt("b"),
+        TimeoutError("t"),
+        MemoryError(),
+        RecursionError("deep"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_arrives_as_its_own_type_with_the_remote_traceback(
+    error: BaseException,
+) -> None:
+    back = travel(error)
+    assert type(back) is type(error)
+    assert back.args == error.args
+
+
+def test_our_own_errors_travel_too() -> None:
+    assert travel(FactoryFailed("no", "remote")).remote_traceback == "remote"  # type: ignore[attr-defined]
+    died = travel(WorkerDied(pool="p", pid=3, exitcode=-11))
+    assert isinstance(died, WorkerDied) and died.signal == "SIGSEGV"
+
+
+def test_an_exception_keeps_its_attributes_and_notes() -> None:
+    error = KeepsState("x", code=7)
+    error.__notes__ = ["a note"]  # type: ignore[attr-defined]
+    back = travel(error)
+    assert isinstance(back, KeepsState)
+    assert back.code == 7
+    assert back.__notes__ == ["a note"]  # type: ignore[attr-defined]
+
+
+def test_an_exception_of_a_local_class_arrives_as_that_class() -> None:
+    class Local(ValueError):
+        pass
+
+    back = travel(Local("here"))
+    assert isinstance(back, ValueError)
+    assert type(back).__name__ == "Local"
+
+
+def test_exception_groups_arrive_whole() -> None:
+    group = pytest.importorskip("builtins").__dict__.get("ExceptionGroup")
+    if group is None:
+        pytest.skip("ExceptionGroup is new in Python 3.11")
+    back = travel(group("several", [ValueError(1), KeyError(2)]))
+    assert [type(each) for each in back.exceptions] == [ValueError, KeyError]  # type: ignore[attr-defined]
+
+
+def remote(error: BaseException) -> RemoteError:
+    back = travel(error)
+    assert isinstance(back, RemoteError)
+    return back
+
+
+def test_an_exception_that_cannot_be_pickled_is_told_by_name() -> None:
+    back = remote(Unpicklable("secret"))
+    assert back.type_name == f"{__name__}.Unpicklable"
+    assert back.message == "secret"
+    assert "could not be pickled" in str(back)
+    assert "travel" in back.remote_traceback
+
+
+def test_an_exception_with_a_required_argument_is_told_by_name() -> None:
+    back = remote(NeedsTwo(1, "text"))
+    assert back.type_name.endswith("NeedsTwo") and back.message == "text"
+    assert "unpickling it here raised TypeError" in str(back)
+
+
+def test_an_exception_that_unpickles_as_something_else_is_told_by_name() -> None:
+    assert "it unpickles as a str" in str(remote(TurnsIntoText("x")))
+
+
+def test_an_exception_that_exits_when_it_is_loaded_does_not_end_the_caller() -> None:
+    assert "raised SystemExit" in str(remote(ExitsWhenLoaded("x")))
+
+
+def test_an_exception_whose_str_raises_is_told_by_name() -> None:
+    back = travel(BadStr())
+    assert type(back) is BadStr
+    local = payload.dump_failure(BadStr(Sulky()), "text")
+    wrapped = payload.load_failure(local)
+    assert isinstance(wrapped, RemoteError)
+    assert wrapped.message == "<its str() raised ValueError>"
+
+
+def test_an_exception_that_carries_what_cannot_travel_is_told_by_name() -> None:
+    back = remote(ValueError("text", Sulky()))
+    assert back.type_name == "ValueError"
