@@ -420,8 +420,11 @@ def test_an_exception_that_unpickles_as_something_else_is_told_by_name() -> None
     assert "it unpickles as a str" in str(remote(TurnsIntoText("x")))
 
 
-def test_an_exception_that_exits_when_it_is_loaded_does_not_end_the_caller() -> None:
-    assert "raised SystemExit" in str(remote(ExitsWhenLoaded("x")))
+def test_an_exception_that_exits_when_it_is_loaded_does_so() -> None:
+    data = payload.dump_failure(ExitsWhenLoaded("x"), "text")
+    assert payload.failure_traceback(data) == "text"
+    with pytest.raises(SystemExit):
+        payload.load_failure(data)
 
 
 def test_an_exception_whose_str_raises_is_told_by_name() -> None:

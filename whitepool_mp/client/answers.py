@@ -24,9 +24,9 @@ def open_answer(message: Message, name: str, lease: int, pool: str) -> tuple[boo
         name: the function's qualified name, for errors.
         lease, pool: under which lease of which pool it was called.
     """
-    if message.kind == messages.ERROR:
-        return False, _failure(message, name, lease, pool)
     try:
+        if message.kind == messages.ERROR:
+            return False, _failure(message, name, lease, pool)
         value = message.load()
     except Exception as error:
         failure = SerializationError(
@@ -34,6 +34,9 @@ def open_answer(message: Message, name: str, lease: int, pool: str) -> tuple[boo
         )
         failure.__cause__ = error
         return False, failure
+    except BaseException as error:
+        # An exit or an interrupt is for who waits for the answer, not for who happens to read it.
+        return False, error
     if message.flags & messages.REFERENCE:
         return True, Reference(*value)
     return True, value

@@ -265,17 +265,12 @@ class Crew:
 
         A living worker adopts its own orphans, so what has come to this process is a dead one's.
         """
-        import psutil
-
-        try:
-            children = psutil.Process().children()
-        except psutil.Error:
-            return
+        children = _children()
         self._read_nursery()  # a worker may have been born while we looked
-        for child in children:
-            if child.pid not in self._by_pid and child.pid != self._nursery_pid:
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+        for pid in children:
+            if pid not in self._by_pid and pid != self._nursery_pid:
+                # Only this process reaps its children, so the number is still that child's.
+                os.kill(pid, signal.SIGKILL)
 
     # --- the nursery ----------------------------------------------------------------------
 
@@ -415,6 +410,21 @@ class Crew:
         if self._nursery is not None:
             self._lose_nursery()
         self._sweep()
+
+
+def _children() -> list[int]:
+    """The pids of this process's children, zombies included.
+
+    Source: proc(5), /proc/pid/task/tid/children; psutil where the kernel does not have it.
+    """
+    own = os.getpid()
+    try:
+        with open(f"/proc/{own}/task/{own}/children", "rb") as file:
+            return [int(pid) for pid in file.read().split()]
+    except FileNotFoundError:
+        import psutil
+
+        return [child.pid for child in psutil.Process(own).children()]
 
 
 def _kill_group(pid: int) -> None:
