@@ -49,6 +49,7 @@ class Lease:
         self._channel: Channel | None = None
         self._number = 0
         self._ended: str | None = None
+        self._told = False  # whether the manager knows that it has ended
         self._busy = threading.Lock()
         self._process = os.getpid()
         self._references = False
@@ -232,18 +233,21 @@ class Lease:
             channel.in_use = False
             self._channel = None
         self._tell_manager(frames.checkin(self.id))
+        self._told = True
 
     def _abandon(self, ended: str, reason: str) -> None:
         """Have the worker killed; the lease and its channel are over."""
         self._end(ended)
         self._channel = None
         self._tell_manager(frames.destroy(self.id, reason))
+        self._told = True
         self._member.drop_channel(self._worker)
 
     def _interrupt(self, reason: str) -> None:
         """Have the worker killed under another thread's call, which finds its channel ended."""
         self._end(f"ended ({reason})")
         self._tell_manager(frames.destroy(self.id, reason))
+        self._told = True
         channel = self._channel
         if channel is not None:
             channel.hang_up()
@@ -269,6 +273,7 @@ class Lease:
                 f"{_name(what)}"
             )
         self._end("lost (its worker died)")
+        self._told = True
         try:
             link = self._member.link()
             told = link.why(self.id, time.monotonic() + _WHY_SECONDS)
@@ -292,15 +297,18 @@ class Lease:
 
     def __del__(self) -> None:
         # A lease whose __init__ failed, or that a forked child holds a copy of, is nobody's to end.
-        if getattr(self, "_ended", "unborn") is not None or self._process != os.getpid():
+        if getattr(self, "_told", True) or self._process != os.getpid():
             return
+        if self._ended is not None:
+            self._abandon(self._ended, "its end was interrupted")
+            return
+        self._release("forgotten, and so checked in")
         warnings.warn(
             f"lease {self.id} of pool {self.name!r} was never checked in; it is now",
             ResourceWarning,
             stacklevel=2,
             source=self,
         )
-        self._release("forgotten, and so checked in")
 
 
 class Proxy:

@@ -123,6 +123,8 @@ class Session:
         try:
             link.send(frames.checkout(number, block, deadline, site))
             body = link.wait(number, deadline)
+            if body[0] == frames.GRANT:
+                return Lease(member, link, frames.read_grant(body))
         except TimedOut:
             raise self._too_late(number, seconds) from None
         except LinkBroken:
@@ -134,8 +136,6 @@ class Session:
             except LinkBroken:
                 pass  # then there is no worker to give back either
             raise
-        if body[0] == frames.GRANT:
-            return Lease(member, link, frames.read_grant(body))
         raise refusal(frames.read_refused(body), member.name, seconds, block)
 
     def _too_late(self, number: int, seconds: float | None) -> Exception:

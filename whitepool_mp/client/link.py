@@ -221,11 +221,15 @@ class Link:
                     self._fds.extend(fds)
                 else:
                     data = self._sock.recv(65536)
+                if not data:
+                    raise LinkBroken("the manager closed the connection")
+                inbox.extend(self._decoder.feed(data))
             except OSError as error:
                 self.broken = True
                 raise LinkBroken(str(error)) from None
-            if not data:
+            except BaseException:
+                # Also an interrupt, with bytes in hand that are lost now: the rest would make no
+                # sense. What was leased here can still be given back here.
                 self.broken = True
-                raise LinkBroken("the manager closed the connection")
-            inbox.extend(self._decoder.feed(data))
+                raise
         return inbox.popleft()

@@ -33,6 +33,10 @@ class Owner:
     """
 
     def __init__(self, config: PoolConfig) -> None:
+        if not hasattr(os, "pidfd_open") or not hasattr(os, "memfd_create"):
+            raise WhitepoolError(
+                f"whitepool_mp needs Linux 5.3 or newer; this is {sys.platform}, without pidfds"
+            )
         factory = teardown = None
         if config.factory is not None:
             factory = payload.dump_function(config.factory, "factory")

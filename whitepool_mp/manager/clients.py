@@ -282,7 +282,7 @@ class Door:
             return
         client.proven = True
         client.member, client.pid, client.thread = answer.member, answer.pid, answer.thread
-        client.decoder = frames.FrameDecoder(limit=64 * 1024)
+        client.decoder.limit = 64 * 1024
         del self._silent[client.id]
         self.clients[client.id] = client
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)

@@ -246,7 +246,9 @@ class Manager:
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
             # Nothing but the end of the pool takes a lease from a holder who is there to ask.
-            ended = {"reason": "the pool was terminated"} if self._broker.status().draining else None
+            ended = (
+                {"reason": "the pool was terminated"} if self._broker.status().draining else None
+            )
             self._door.send(client, frames.reply(number, ended))
             return
         self._asking.setdefault(worker, []).append((client, number))

@@ -106,13 +106,17 @@ class Refused(NamedTuple):
 
 
 class FrameDecoder:
-    """Bytes in, bodies out, however they were cut on the way."""
+    """Bytes in, bodies out, however they were cut on the way.
 
-    __slots__ = ("_buffer", "_limit")
+    Attributes:
+        limit: the longest body accepted, in bytes.
+    """
+
+    __slots__ = ("_buffer", "limit")
 
     def __init__(self, limit: int = MAX_FRAME) -> None:
         self._buffer = bytearray()
-        self._limit = limit
+        self.limit = limit
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add received bytes and return every body that is now whole.
@@ -125,16 +129,16 @@ class FrameDecoder:
             # Almost always exactly one frame arrives: spare it the copy through the buffer.
             (length,) = _LENGTH.unpack_from(data)
             if length == len(data) - 4:
-                if length > self._limit:
-                    raise ProtocolError(f"a frame of {length} bytes (at most {self._limit})")
+                if length > self.limit:
+                    raise ProtocolError(f"a frame of {length} bytes (at most {self.limit})")
                 return [data[4:]]
         buffer += data
         bodies = []
         start, end = 0, len(buffer)
         while end - start >= 4:
             (length,) = _LENGTH.unpack_from(buffer, start)
-            if not 0 < length <= self._limit:
-                raise ProtocolError(f"a frame of {length} bytes (1 to {self._limit} are allowed)")
+            if not 0 < length <= self.limit:
+                raise ProtocolError(f"a frame of {length} bytes (1 to {self.limit} are allowed)")
             if end - start - 4 < length:
                 break
             bodies.append(bytes(buffer[start + 4 : start + 4 + length]))

@@ -1,0 +1,748 @@
+"""The manager on a real loop and real sockets, with scripted workers and a clock of its own.
+
+Time moves only when nothing is ready: then the clock jumps to where the loop would have waited to.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whitepool_mp.broker import Drain, Terminate
+from whitepool_mp.client.link import Handshake
+from whitepool_mp.config import Policy
+from whitepool_mp.manager.clients import HANDSHAKE_SECONDS, MAX_SILENT, MAX_UNREAD, Door
+from whitepool_mp.manager.core import Manager
+from whitepool_mp.manager.loop import Loop
+from whitepool_mp.manager.obituary import Obituary
+from whitepool_mp.wire import frames, messages
+
+KEY = b"k" * frames.KEY_BYTES
+
+
+class JumpingLoop(Loop):
+    """A loop that does not wait: with nothing ready, the clock jumps to the end of the wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def turn(self, timeout: float | None) -> int:
+        ready = super().turn(0)
+        if not ready:
+            assert timeout is not None, "the manager would wait for ever"
+            self.now += timeout
+        return ready
+
+
+class Hand:
+    """A scripted worker, with as much of a process as the manager looks at."""
+
+    def __init__(self, worker: int, slot: int) -> None:
+        self.worker = worker
+        self.slot = slot
+        self.pid = 100_000_000 + worker  # above every real one
+        self.page = os.memfd_create("page")
+        os.ftruncate(self.page, messages.PAGE_SIZE)
+        self.control: list[socket.socket] = []
+
+
+class Crew:
+    """Scripted workers: nothing happens to one but what a test says."""
+
+    def __init__(self, loop: JumpingLoop) -> None:
+        self.loop = loop
+        self.hands: dict[int, Hand] = {}
+        self.spawned: list[float] = []
+        self.retired: list[int] = []
+        self.killed: dict[int, str | None] = {}
+        self.on_spawn: Callable[[int], None] = lambda worker: None
+        self.refuse: str | None = None
+
+    def spawn(self, worker: int, slot: int) -> str | None:
+        self.spawned.append(self.loop.now)
+        if self.refuse is not None:
+            return self.refuse
+        self.hands[worker] = Hand(worker, slot)
+        self.on_spawn(worker)
+        return None
+
+    def retire(self, worker: int) -> None:
+        self.retired.append(worker)
+
+    def kill(self, worker: int, reason: str | None) -> None:
+        self.killed[worker] = reason
+
+    def adopt(self, worker: int, channel: socket.socket) -> bool:
+        self.hands[worker].control.append(channel.dup())
+        return True
+
+    def hand(self, worker: int) -> Hand | None:
+        return self.hands.get(worker)
+
+    def calls_of(self, worker: int) -> int:
+        return 0
+
+    def bury(self, worker: int) -> Obituary:
+        hand = self.hands.pop(worker)
+        os.close(hand.page)
+        for sock in hand.control:
+            sock.close()
+        return Obituary(hand.pid, hand.slot, 0, 1.0, 1024, 0, None, self.killed.get(worker))
+
+
+class Bench:
+    """A manager with everything around it."""
+
+    def __init__(self, folder: Path, **policy: Any) -> None:
+        self.loop = JumpingLoop()
+        self.path = str(folder / "manager")
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(self.path)
+        self.listener.listen(1024)
+        self.crew = Crew(self.loop)
+        sizes = {"pool_size": 2, "max_overflow": 0} | policy
+        self.manager = Manager(Policy(**sizes), self.loop, self.loop.clock)
+        self.door = Door(self.listener, KEY, self.loop, self.manager, self.loop.clock)
+        self.guests: list[Guest] = []
+
+    def start(self) -> Bench:
+        self.manager.start(self.crew, self.door)
+        return self
+
+    def settle(self) -> None:
+        """Let the manager deal with everything that has arrived."""
+        while Loop.turn(self.loop, 0):
+            pass
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, with everything that is due in it."""
+        end = self.loop.now + seconds
+        self.settle()
+        while True:
+            due = self.manager._timeout()
+            if due is None or self.loop.now + due > end:
+                break
+            self.manager.turn()
+        self.loop.now = end
+        self.settle()
+
+    def ready(self, *workers: int) -> None:
+        for worker in workers or sorted(self.crew.hands):
+            self.manager.worker_ready(worker)
+
+    def exits(self, *workers: int) -> None:
+        for worker in workers:
+            self.manager.worker_exited(worker, self.crew.bury(worker))
+
+    def exits_killed(self) -> None:
+        self.exits(*[worker for worker in self.crew.killed if worker in self.crew.hands])
+
+    def join(self, member: bytes = b"m" * frames.MEMBER_BYTES) -> Guest:
+        guest = self.connect()
+        handshake = Handshake(KEY, member)
+        while not handshake.done:
+            self.settle()
+            for body in guest.receive():
+                answer = handshake.hear(body)
+                if answer is not None:
+                    guest.sock.sendall(answer)
+        return guest
+
+    def connect(self) -> Guest:
+        guest = Guest(self)
+        self.guests.append(guest)
+        return guest
+
+    def close(self) -> None:
+        for guest in self.guests:
+            guest.sock.close()
+        self.settle()
+        self.door.close()
+        for worker in list(self.crew.hands):
+            self.crew.bury(worker)
+        self.loop.close()
+
+
+class Guest:
+    """A client's bare control connection."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(bench.path)
+        self.sock.setblocking(False)
+        self.decoder = frames.FrameDecoder()
+        self.inbox: list[bytes] = []
+        self.fds: list[int] = []
+        self.closed = False
+
+    def say(self, *data: bytes) -> None:
+        """Send frames and let the manager answer."""
+        rest = memoryview(b"".join(data))
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest) :]
+            except BlockingIOError:
+                self.bench.settle()
+        self.bench.settle()
+
+    def receive(self) -> list[bytes]:
+        """Everything that has arrived."""
+        while not self.closed:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.sock, 65536, 16)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                data, fds = b"", []
+            self.fds += fds
+            self.closed = not data
+            self.inbox += self.decoder.feed(data)
+        found, self.inbox = self.inbox, []
+        return found
+
+    def grants(self) -> list[frames.Grant]:
+        return [frames.read_grant(body) for body in self.receive() if body[0] == frames.GRANT]
+
+    def refusals(self) -> list[frames.Refused]:
+        return [frames.read_refused(body) for body in self.receive() if body[0] == frames.REFUSED]
+
+    def only(self) -> bytes:
+        (body,) = self.receive()
+        return body
+
+    def checkout(self, *requests: int, block: bool = True, seconds: float | None = None) -> None:
+        deadline = None if seconds is None else self.bench.loop.now + seconds
+        self.say(*(frames.checkout(number, block, deadline, "here:1") for number in requests))
+
+    def lease(self, request: int = 1) -> frames.Grant:
+        self.checkout(request)
+        (grant,) = self.grants()
+        return grant
+
+    def ask(self, kind: int, number: int = 999) -> Any:
+        self.say(frames.request(kind, number))
+        return frames.read_reply(self.only())
+
+    def hung_up(self) -> bool:
+        self.receive()
+        return self.closed
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def build(**policy: Any) -> Bench:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(Bench(folder, **policy))
+        return made[-1]
+
+    yield build
+    for bench in made:
+        bench.close()
+
+
+# --- checkout ---------------------------------------------------------------------------------
+
+
+def test_the_first_workers_are_ordered_at_the_start(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=3).start()
+    assert [hand.slot for hand in bench.crew.hands.values()] == [0, 1, 2]
+
+
+def test_a_checkout_is_granted_when_a_worker_is_ready(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    guest = bench.join()
+    guest.checkout(7)
+    assert guest.receive() == []
+    (worker,) = bench.crew.hands
+    bench.ready(worker)
+    (grant,) = guest.grants()
+    assert grant.request == 7
+    assert (grant.worker, grant.slot, grant.pid) == (worker, 0, bench.crew.hands[worker].pid)
+
+
+def test_waiters_are_served_in_the_order_in_which_they_asked(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    first, second, third = bench.join(), bench.join(), bench.join()
+    for guest in (second, first, third):
+        guest.checkout(1)
+    bench.ready()
+    for guest in (second, first, third):
+        others = [each for each in (first, second, third) if each is not guest]
+        (grant,) = guest.grants()
+        assert all(other.receive() == [] for other in others)
+        guest.say(frames.checkin(grant.lease))
+
+
+def test_a_checkin_of_another_s_lease_frees_nothing(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, thief = bench.join(), bench.join()
+    grant = holder.lease()
+    thief.say(frames.checkin(grant.lease), frames.destroy(grant.lease, "mine"))
+    thief.checkout(2)
+    assert thief.receive() == []
+    assert bench.crew.killed == {}
+    status = holder.ask(frames.STATUS)
+    assert status["leased"] == 1 and status["counters"]["foreign_checkins"] == 2
+
+
+def test_a_non_blocking_checkout_is_refused_when_all_are_leased(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, other = bench.join(), bench.join()
+    holder.lease()
+    other.checkout(5, block=False)
+    (refused,) = other.refusals()
+    assert (refused.request, refused.why) == (5, "full")
+    assert "leased=1" in refused.detail
+
+
+def test_a_waiter_whose_deadline_has_passed_is_never_given_a_worker(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, late, patient = bench.join(), bench.join(), bench.join()
+    grant = holder.lease()
+    late.checkout(1, seconds=5.0)
+    patient.checkout(1, seconds=60.0)
+    bench.pass_time(6.0)
+    holder.say(frames.checkin(grant.lease))
+    (refused,) = late.refusals()
+    assert refused.why == "timeout"
+    assert len(patient.grants()) == 1
+
+
+def test_a_waiter_is_served_until_its_deadline(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, waiter = bench.join(), bench.join()
+    grant = holder.lease()
+    waiter.checkout(1, seconds=5.0)
+    bench.pass_time(4.999)
+    holder.say(frames.checkin(grant.lease))
+    assert len(waiter.grants()) == 1
+
+
+def test_a_cancel_while_waiting_is_answered_and_gives_the_place_up(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    quitter, other = bench.join(), bench.join()
+    quitter.checkout(1)
+    other.checkout(1)
+    quitter.say(frames.request(frames.CANCEL, 1))
+    (refused,) = quitter.refusals()
+    assert (refused.request, refused.why) == (1, "cancelled")
+    bench.ready()
+    assert quitter.receive() == []
+    assert len(other.grants()) == 1
+
+
+def test_a_cancel_that_crosses_its_grant_acts_as_a_checkin(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    quitter, other = bench.join(), bench.join()
+    quitter.checkout(1)
+    other.checkout(1)
+    # Sent before the grant, read after it.
+    quitter.sock.send(frames.request(frames.CANCEL, 1))
+    bench.ready()
+    bench.settle()
+    kinds = [body[0] for body in quitter.receive()]
+    assert kinds == [frames.GRANT, frames.REFUSED]
+    assert len(other.grants()) == 1
+    assert bench.crew.killed == {}
+
+
+def test_a_cancel_after_the_checkin_frees_nobody_else_s_worker(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    first, second = bench.join(), bench.join()
+    grant = first.lease(1)
+    first.say(frames.checkin(grant.lease))
+    second.lease(1)
+    first.say(frames.request(frames.CANCEL, 1))
+    assert [refused.why for refused in first.refusals()] == ["cancelled"]
+    assert second.ask(frames.STATUS)["leased"] == 1
+
+
+def test_a_client_that_goes_while_waiting_is_never_given_a_worker(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    gone, other = bench.join(), bench.join()
+    gone.checkout(1, 2, 3)
+    other.checkout(1)
+    gone.sock.close()
+    bench.settle()
+    bench.ready()
+    assert len(other.grants()) == 1
+    assert other.ask(frames.STATUS)["leased"] == 1
+
+
+def test_the_worker_of_a_client_that_goes_while_holding_is_replaced(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    gone, other = bench.join(), bench.join()
+    grant = gone.lease()
+    other.checkout(1)
+    gone.sock.close()
+    bench.settle()
+    assert bench.crew.killed == {grant.worker: "its client has gone"}
+    assert other.receive() == []
+    bench.exits_killed()
+    bench.ready()
+    (successor,) = other.grants()
+    assert successor.worker != grant.worker
+    assert successor.slot == grant.slot
+    assert successor.lease > grant.lease
+
+
+def test_a_holder_s_other_connections_may_open_its_channel(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, sibling, stranger = bench.join(), bench.join(), bench.join(member=b"s" * 16)
+    grant = holder.lease()
+    stranger.say(frames.request_lease(frames.OPEN, 3, grant.lease))
+    assert frames.read_channel(stranger.only()) is False
+    sibling.say(frames.request_lease(frames.OPEN, 4, grant.lease))
+    assert frames.read_channel(sibling.only()) is True
+    ours, page = sibling.fds
+    with socket.socket(fileno=ours) as sock, bench.crew.hands[grant.worker].control[0] as theirs:
+        theirs.send(b"from the worker")
+        assert sock.recv(100) == b"from the worker"
+    os.close(page)
+
+
+def test_a_holder_learns_how_its_worker_ended(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder = bench.join()
+    grant = holder.lease()
+    bench.exits(grant.worker)
+    holder.say(frames.request_lease(frames.WHY, 5, grant.lease))
+    told = frames.read_reply(holder.only())
+    assert (told["pid"], told["slot"], told["exitcode"]) == (grant.pid, grant.slot, 0)
+
+
+# --- workers that do not start ----------------------------------------------------------------
+
+
+def test_failing_starts_back_off(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1, backoff_first=1.0, backoff_max=8.0)
+
+    def fail(worker: int) -> None:
+        bench.manager.worker_failed(worker, "ValueError: no")
+        bench.exits(worker)
+
+    bench.crew.on_spawn = fail
+    bench.start()
+    bench.pass_time(100.0)
+    # Delays of 1, 2, 4, 8, 8, ... seconds, each less up to half of it by jitter.
+    count = len(bench.crew.spawned)
+    assert 4 + (100 - 15) / 8 <= count <= 4 + 2 * (100 - 7.5) / 8 + 1
+    pauses = [b - a for a, b in zip(bench.crew.spawned, bench.crew.spawned[1:], strict=False)]
+    for pause, full in zip(pauses, [1.0, 2.0, 4.0, *[8.0] * 1000], strict=False):
+        assert full / 2 <= pause <= full + 0.001
+
+
+def test_a_pool_that_recovers_stops_backing_off(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1, backoff_first=1.0, backoff_max=8.0)
+    outcomes = iter([False, False, True])
+
+    def script(worker: int) -> None:
+        if next(outcomes):
+            bench.manager.worker_ready(worker)
+        else:
+            bench.manager.worker_failed(worker, "ValueError: no")
+            bench.exits(worker)
+
+    bench.crew.on_spawn = script
+    bench.start()
+    bench.pass_time(60.0)
+    assert len(bench.crew.spawned) == 3
+    status = bench.join().ask(frames.STATUS)
+    assert (status["failing"], status["idle"]) == (False, 1)
+
+
+def test_waiters_learn_the_traceback_of_a_failed_start(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    guest = bench.join()
+    guest.checkout(1)
+    (worker,) = bench.crew.hands
+    bench.manager.worker_failed(worker, "Traceback ...\nValueError: no database")
+    (refused,) = guest.refusals()
+    assert refused.why == "factory_failed"
+    assert refused.detail.endswith("ValueError: no database")
+
+
+def test_a_spawn_that_cannot_be_ordered_is_a_failed_start(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1, backoff_first=1.0)
+    bench.crew.refuse = "OSError: no descriptors left"
+    bench.start()
+    status = bench.join().ask(frames.STATUS)
+    assert status["failing"] is True
+    assert status["last_failure"] == "OSError: no descriptors left"
+    bench.crew.refuse = None
+    bench.pass_time(1.0)
+    assert len(bench.crew.hands) == 1
+
+
+def test_a_slow_start_does_not_block_the_others(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=3, start_timeout=60.0).start()
+    slow, *quick = sorted(bench.crew.hands)
+    bench.ready(*quick)
+    guest = bench.join()
+    guest.checkout(1, 2)
+    assert {grant.worker for grant in guest.grants()} == set(quick)
+    bench.pass_time(59.0)
+    assert bench.crew.killed == {}
+    bench.pass_time(1.5)
+    assert bench.crew.killed == {slow: "did not start within 60 s"}
+    assert guest.ask(frames.STATUS)["leased"] == 2
+
+
+def test_a_slow_stop_is_cut_short(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1, stop_timeout=5.0).start()
+    bench.ready()
+    bench.manager.apply(Drain())
+    (worker,) = bench.crew.retired
+    bench.pass_time(4.9)
+    assert bench.crew.killed == {}
+    bench.pass_time(0.2)
+    assert bench.crew.killed == {worker: "did not stop within 5 s"}
+
+
+def test_overflow_retires_after_its_time(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1, max_overflow=1, overflow_ttl=5.0).start()
+    guest = bench.join()
+    guest.checkout(1, 2)
+    bench.ready()
+    first, second = guest.grants()
+    guest.say(frames.checkin(first.lease), frames.checkin(second.lease))
+    bench.pass_time(4.9)
+    assert bench.crew.retired == []
+    bench.pass_time(0.2)
+    assert len(bench.crew.retired) == 1
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+def test_a_drain_serves_who_waits_and_refuses_who_comes(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, waiter, late, ender = bench.join(), bench.join(), bench.join(), bench.join()
+    grant = holder.lease()
+    waiter.checkout(1)
+    ender.say(frames.request(frames.DRAIN, 9))
+    late.checkout(1)
+    assert [refused.why for refused in late.refusals()] == ["closed"]
+    holder.say(frames.checkin(grant.lease))
+    (served,) = waiter.grants()
+    assert bench.crew.retired == [] and not bench.manager.finished
+    waiter.say(frames.checkin(served.lease))
+    assert bench.crew.retired == [served.worker]
+    assert not bench.manager.finished
+    bench.exits(served.worker)
+    assert bench.manager.finished
+    assert ender.receive() == []
+    bench.manager.answer_drainers()
+    assert frames.read_request(ender.only()) == 9
+
+
+def test_a_terminate_kills_every_worker_and_refuses_every_waiter(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=2).start()
+    leased, _ = sorted(bench.crew.hands)
+    bench.ready(leased)
+    guest = bench.join()
+    guest.checkout(1, 2, 3)
+    bench.manager.apply(Terminate())
+    assert [body[0] for body in guest.receive()] == [frames.GRANT, frames.REFUSED, frames.REFUSED]
+    assert sorted(bench.crew.killed) == sorted(bench.crew.hands)
+    bench.exits_killed()
+    assert bench.manager.finished
+
+
+# --- bad clients ------------------------------------------------------------------------------
+
+
+def test_a_client_that_does_not_read_is_dropped_and_the_others_are_unharmed(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    deaf, other = bench.join(), bench.join()
+    grant = deaf.lease()
+    asked = 0
+    while not bench.door.counters["clients_not_reading"]:
+        try:
+            deaf.sock.send(frames.request(frames.STATUS, 1) * 100)
+        except BrokenPipeError:
+            break
+        bench.settle()
+        asked += 100
+        assert asked < MAX_UNREAD  # far more answers than it may leave unread
+    bench.settle()
+    assert bench.door.counters["clients_not_reading"] == 1
+    assert bench.crew.killed == {grant.worker: "its client has gone"}
+    status = other.ask(frames.STATUS)
+    assert status["counters"]["clients_not_reading"] == 1
+
+
+def test_answers_wait_for_a_client_that_reads_late(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    slow = bench.join()
+    count = 2000
+    for number in range(1, count + 1):
+        slow.say(frames.request(frames.STATUS, number))
+    (client,) = bench.door.clients.values()
+    assert client.unsent_bytes > 0
+    numbers = []
+    while len(numbers) < count:
+        numbers += [frames.read_request(body) for body in slow.receive()]
+        bench.settle()
+    assert numbers == list(range(1, count + 1))
+    assert client.unsent_bytes == 0 and not client.unsent
+
+
+def test_a_silent_connection_is_closed_when_its_time_is_up(make: Callable[..., Bench]) -> None:
+    bench = make().start()
+    silent = bench.connect()
+    bench.pass_time(HANDSHAKE_SECONDS - 0.1)
+    proven = bench.join()
+    assert not silent.hung_up()
+    bench.pass_time(0.2)
+    assert silent.hung_up()
+    assert bench.door.counters["connections_without_proof"] == 1
+    bench.pass_time(2 * HANDSHAKE_SECONDS)
+    assert not proven.hung_up()
+
+
+def test_the_oldest_of_too_many_silent_connections_goes(make: Callable[..., Bench]) -> None:
+    bench = make().start()
+    silent = [bench.connect() for _ in range(MAX_SILENT + 3)]
+    bench.settle()
+    assert [guest.hung_up() for guest in silent] == [True] * 3 + [False] * MAX_SILENT
+    assert bench.join().ask(frames.STATUS)["counters"]["connections_without_proof"] == 4
+
+
+def test_a_client_with_a_wrong_key_is_denied_and_hung_up_on(make: Callable[..., Bench]) -> None:
+    bench = make().start()
+    guest = bench.connect()
+    bench.settle()
+    answer = Handshake(b"x" * 32, b"m" * 16).hear(guest.only())
+    assert answer is not None
+    guest.say(answer)
+    assert guest.only()[0] == frames.DENIED
+    assert guest.hung_up()
+    assert bench.door.counters["connections_without_proof"] == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frames.request(0, 1),
+        frames.request(13, 1),
+        frames.request(frames.GRANT, 1),
+        frames.request(255, 1),
+        frames.frame(b"\x02"),
+        frames.frame(bytes((frames.RESIZE,)) + bytes(12)),
+        frames.frame(bytes(70_000)),
+        b"\x00\x00\x00\x00",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+    ids=["0", "13", "GRANT", "255", "short", "no worker", "long", "empty", "HTTP"],
+)
+def test_nonsense_closes_that_connection_only(make: Callable[..., Bench], data: bytes) -> None:
+    bench = make(pool_size=2).start()
+    bench.ready()
+    vandal, other = bench.join(), bench.join()
+    mine, theirs = vandal.lease(), other.lease()
+    vandal.say(data)
+    assert vandal.hung_up()
+    assert bench.door.counters["protocol_errors"] == 1
+    assert list(bench.crew.killed) == [mine.worker]
+    assert theirs.worker not in bench.crew.killed
+    assert other.ask(frames.STATUS)["leased"] == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [frames.checkout(1, True, None, ""), frames.request(frames.TERMINATE, 1), bytes(2000)],
+    ids=["CHECKOUT", "TERMINATE", "zeros"],
+)
+def test_nothing_is_heard_of_a_connection_before_its_proof(
+    make: Callable[..., Bench], data: bytes
+) -> None:
+    bench = make().start()
+    guest = bench.connect()
+    bench.settle()
+    guest.say(data)
+    assert guest.hung_up()
+    assert bench.door.counters["protocol_errors"] == 1
+    assert bench.crew.killed == {} and not bench.manager.finished
+
+
+def test_what_follows_the_proof_at_once_is_heard_whole(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    guest = bench.connect()
+    bench.settle()
+    answer = Handshake(KEY, b"m" * 16).hear(guest.only())
+    assert answer is not None
+    asked = frames.checkout(1, True, None, "here") + frames.request(frames.STATUS, 2)
+    guest.say(answer + asked[:-3])
+    guest.say(asked[-3:])
+    assert [body[0] for body in guest.receive()] == [frames.WELCOME, frames.GRANT, frames.REPLY]
+
+
+# --- size -------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_waiters_are_each_served_once_and_in_order(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=4).start()
+    guests = [bench.join() for _ in range(10)]
+    for number in range(1, 1001):
+        for guest in guests:
+            guest.sock.send(frames.checkout(number, True, None, "here:1"))
+        bench.settle()
+    assert guests[0].ask(frames.STATUS)["waiting"] == 10_000
+    bench.ready()
+    served: list[list[int]] = [[] for _ in guests]
+    leases: list[int] = []
+    while sum(map(len, served)) < 10_000:
+        before = len(leases)
+        for guest, numbers in zip(guests, served, strict=True):
+            for grant in guest.grants():
+                numbers.append(grant.request)
+                leases.append(grant.lease)
+                guest.sock.send(frames.checkin(grant.lease))
+        bench.settle()
+        assert len(leases) > before, "nobody was served"
+    assert served == [list(range(1, 1001))] * 10
+    assert max(Counter(leases).values()) == 1
+    assert bench.crew.killed == {}
+    assert len(bench.crew.spawned) == 4
