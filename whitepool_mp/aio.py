@@ -271,7 +271,6 @@ class AsyncSession:
         came = asyncio.Event()
         job.notify = came.set
         ordering = Ordering(ordered)
-        handed = 0
         try:
             while True:
                 job.feed()
@@ -282,12 +281,12 @@ class AsyncSession:
                         bar.update(1)
                 found = ordering.pop()
                 if found is None:
-                    if job.exhausted and handed == job.read:
+                    if job.done:
                         return
                     came.clear()
                     await came.wait()
                     continue
-                handed += 1
+                job.handed += 1
                 returned, value = found
                 if not returned and not return_exceptions:
                     raise value

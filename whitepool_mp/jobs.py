@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share."""
 LARGEST_CHUNK = 1024
+AHEAD = 8
+"""How many windows of input may have been read beyond the results handed out: a slow call, or a slow
+taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
 
@@ -77,7 +80,7 @@ class JobFuture(Future[Any]):
         self._settle(False, error)
 
     def _let_go(self) -> Task | None:
-        """Keep neither the pool nor the arguments alive for as long as somebody keeps the future."""
+        """Keep neither the pool nor the arguments alive as long as somebody keeps the future."""
         task, self._task, self._pool_member = self._task, None, None
         return task
 
@@ -95,9 +98,10 @@ class JobFuture(Future[Any]):
 class MapJob:
     """The calls of one `map`: reads its input lazily, keeps the workers fed, hands results out.
 
-    The input is read by whoever iterates, in their thread, at most a window ahead of the workers. A
-    chunk grows or shrinks so that it runs for about `CHUNK_SECONDS`; each of its calls is answered,
-    fails and dies on its own.
+    The input is read by whoever iterates, in their thread: at most a window ahead of the workers,
+    and a few windows ahead of the results handed out. A chunk grows or shrinks so that it runs for
+    about `CHUNK_SECONDS`, and is sent as it is when its input takes longer; each of its calls is
+    answered, fails and dies on its own.
 
     Args:
         member: the pool.
@@ -134,8 +138,8 @@ class MapJob:
         self.exhausted = False
         self.read = 0
         self.ended = 0
+        self.handed = 0
         self._mean = 0.0  # seconds for a call, as measured
-        self._open: dict[int, Task] = {}
         self._results: deque[tuple[int, bool, Any]] = deque()
         self.notify: Callable[[], None] = lambda: None
 
@@ -153,23 +157,32 @@ class MapJob:
         return max(1, min(size, LARGEST_CHUNK))
 
     @property
-    def in_flight(self) -> int:
-        """How many calls were sent and have not ended."""
-        return self.read - self.ended
+    def done(self) -> bool:
+        """Whether every result was handed out."""
+        return self.exhausted and self.handed == self.read
 
     def feed(self) -> None:
-        """Read and send as much input as keeps every worker busy."""
+        """Read and send as much input as keeps every worker busy.
+
+        Input that is slow to come does not hold back results that are there.
+        """
+        capacity = self.member.capacity
+        began = time.monotonic()
         while not self.exhausted:
             chunk = self.chunk
-            if self.in_flight >= max(2 * self.member.capacity * chunk, self.member.capacity + 1):
+            window = max(2 * capacity * chunk, capacity + 1)
+            if self.read - self.ended >= window or self.read - self.handed >= AHEAD * window:
                 return
             self._send_chunk(chunk)
+            if self._results and time.monotonic() - began >= CHUNK_SECONDS:
+                return
 
     def _send_chunk(self, size: int) -> None:
         first = self.read
         items: list[bytes] = []
         weight = 0
-        while len(items) < size:
+        began = time.monotonic()
+        for _ in range(size):
             try:
                 args = next(self._inputs)
             except StopIteration:
@@ -197,7 +210,7 @@ class MapJob:
                 return
             items.append(data)
             weight += len(data)
-            if weight > ITEM_INLINE:
+            if weight > ITEM_INLINE or time.monotonic() - began >= CHUNK_SECONDS:
                 break
         if items:
             self._send(self._task(items, first))
@@ -264,11 +277,10 @@ def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> It
     signals: queue.SimpleQueue[None] = queue.SimpleQueue()
     job.notify = lambda: signals.put(None)
     ordering = Ordering(ordered)
-    handed = 0
     try:
         while True:
             job.feed()
-            if job.exhausted and handed == job.read:
+            if job.done:
                 return
             while (found := ordering.pop()) is None:
                 signals.get()
@@ -278,7 +290,7 @@ def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> It
                 if bar is not None:
                     bar.update(1)
                 job.feed()
-            handed += 1
+            job.handed += 1
             returned, value = found
             if not returned and not return_exceptions:
                 raise value

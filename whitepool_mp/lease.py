@@ -49,11 +49,11 @@ class Lease:
         self._channel: Channel | None = None
         self._number = 0
         self._ended: str | None = None
-        self._told = False  # whether the manager knows that it has ended
         self._busy = threading.Lock()
         self._process = os.getpid()
         self._references = False
         link.leases[self.id] = weakref.ref(self)
+        self._told = False  # whether the manager knows that it has ended
 
     def __repr__(self) -> str:
         state = "valid" if self.valid else self._ended or "of another process"

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
-from whitepool_mp.client.link import Handshake, dial
+from whitepool_mp.client.link import Handshake, dial, take_pair
 from whitepool_mp.client.member import Member, refusal, worker_died
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import (
@@ -47,6 +47,9 @@ MAX_DEATHS = 3
 
 Done = Callable[[Any], None]
 """Called once with the result, or with an exception object."""
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
@@ -82,6 +85,7 @@ class Engine:
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
         self._order = itertools.count()
         self.running = 0
+        _engines.add(self)
         self.broken: WhitepoolError | None = None
 
     # --- for the driver -------------------------------------------------------------------
@@ -262,7 +266,7 @@ class Engine:
 
     def _hear_manager(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64)
+            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -400,7 +404,11 @@ class Engine:
                 self._lost(lease)
             return
         self._forget_dead()
-        channel = EngineChannel(self._fds.popleft(), self._fds.popleft())
+        try:
+            channel = EngineChannel(*take_pair(self._fds))
+        except OSError as error:
+            self._give_up(lease, error)
+            return
         self._channels[lease.worker] = channel
         fd = channel.sock.fileno()
         self._by_fd[fd] = channel
@@ -409,6 +417,15 @@ class Engine:
             self._send(lease, channel)
         else:
             self._close_channel(lease.worker)
+
+    def _give_up(self, lease: EngineLease, error: OSError) -> None:
+        """This process has no room for a channel: one task fails for it, the worker goes back."""
+        task, lease.task = lease.task, None
+        if not lease.kept:
+            self.checkin(lease)
+        if task is not None:
+            self.running -= 1
+            self._fail_all(task, error)
 
     def _forget_dead(self) -> None:
         for worker, channel in list(self._channels.items()):
@@ -563,3 +580,12 @@ class Engine:
             self._epoll.unregister(fd)
             del self._by_fd[fd]
             channel.close()
+
+
+def _after_fork_in_child() -> None:
+    for engine in list(_engines):
+        engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
+        engine.discard()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -7,6 +7,7 @@ Every request has a number and its answer carries it, so an answer to a request 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import select
@@ -54,6 +55,23 @@ def dial(path: str) -> socket.socket:
 def left_ms(deadline: float) -> int:
     """What is left until a deadline on the monotonic clock, in the form that poll() takes."""
     return min(max(0, math.ceil((deadline - time.monotonic()) * 1000)), _LONGEST_POLL)
+
+
+def take_pair(fds: deque[int]) -> tuple[int, int]:
+    """The socket's and the page's descriptor that came with a CHANNEL.
+
+    Raises:
+        OSError: EMFILE; the kernel drops what a process has no room for.
+    """
+    if len(fds) < 2:
+        while fds:
+            os.close(fds.popleft())
+        raise OSError(
+            errno.EMFILE,
+            "no file descriptor is left in this process for a channel to the worker: close some, "
+            "or raise the limit (ulimit -n)",
+        )
+    return fds.popleft(), fds.popleft()
 
 
 class Handshake:
@@ -161,15 +179,11 @@ class Link:
         """
         while True:
             body = self._receive(deadline)
-            if body[0] == frames.CHANNEL and frames.read_channel(body):
-                fds = (self._fds.popleft(), self._fds.popleft())
-                if frames.read_request(body) == number:
-                    self._fds.extendleft(reversed(fds))
-                    return body
-                for fd in fds:
-                    os.close(fd)
-            elif frames.read_request(body) == number:
+            if frames.read_request(body) == number:
                 return body
+            if body[0] == frames.CHANNEL and frames.read_channel(body):
+                for fd in take_pair(self._fds):
+                    os.close(fd)
 
     def open(self, lease: int, deadline: float | None) -> tuple[int, int] | None:
         """Ask for a channel to a leased worker: its socket's and its page's descriptors."""
@@ -179,7 +193,7 @@ class Link:
         body = self.wait(number, deadline)
         if not frames.read_channel(body):
             return None
-        return self._fds.popleft(), self._fds.popleft()
+        return take_pair(self._fds)
 
     def why(self, lease: int, deadline: float | None) -> Any:
         """Ask how the worker of a lease ended, its channel being broken; None if nobody knows."""
@@ -217,7 +231,9 @@ class Link:
                 raise TimedOut
             try:
                 if self._expect_fds:
-                    data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)
+                    data, fds, _, _ = socket.recv_fds(
+                        self._sock, 65536, 16, socket.MSG_CMSG_CLOEXEC
+                    )
                     self._fds.extend(fds)
                 else:
                     data = self._sock.recv(65536)

@@ -21,7 +21,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.channel import Channel
-from whitepool_mp.client.link import Link, LinkBroken
+from whitepool_mp.client.link import Link, LinkBroken, dial
 from whitepool_mp.errors import (
     CheckoutTimeout,
     FactoryFailed,
@@ -29,6 +29,7 @@ from whitepool_mp.errors import (
     ManagerDied,
     PoolClosed,
     PoolFull,
+    ProtocolError,
     WhitepoolError,
     WorkerDied,
 )
@@ -42,6 +43,7 @@ Ticket = tuple[str, str, str, bytes, bool, int]
 """What makes a session in another process: pool id, name, path, key, has a factory, capacity."""
 
 _members: weakref.WeakValueDictionary[str, Member] = weakref.WeakValueDictionary()
+_everyone: weakref.WeakSet[Member] = weakref.WeakSet()
 
 
 class Member:
@@ -63,6 +65,7 @@ class Member:
             self._end = weakref.finalize(self, _collected, owner, self.name)
             self._end.atexit = False
         _members[self.pool_id] = self
+        _everyone.add(self)
 
     @classmethod
     def join(cls, ticket: Ticket) -> Member:
@@ -114,6 +117,11 @@ class Member:
                     f"the manager of {title} (pid {self.owner.manager}) died with {how}: the pool "
                     "is gone and its workers with it; make a new one"
                 )
+        if not self.closed and self._answers():
+            return ProtocolError(
+                f"the manager of {title} closed this connection and serves on: this process sent "
+                "what it could not read, or left its answers unread; try again"
+            )
         if not self.closed and os.path.exists(self.path):
             return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")
         return PoolClosed(f"{title} was shut down: no worker can be had from it; make a new pool")
@@ -140,6 +148,14 @@ class Member:
                     ResourceWarning,
                     stacklevel=4,
                 )
+
+    def _answers(self) -> bool:
+        """Whether somebody listens at the pool's socket."""
+        try:
+            dial(self.path).close()
+        except LinkBroken:
+            return False
+        return True
 
     # --- channels -------------------------------------------------------------------------
 
@@ -294,7 +310,7 @@ def _collected(owner: Owner, name: str) -> None:
 
 def _at_exit() -> None:
     """At interpreter exit: finish what was submitted, as concurrent.futures does; end our pools."""
-    members = list(_members.values())
+    members = list(_everyone)
     for member in members:
         engine = member.running_engine()
         if engine is not None:
@@ -305,7 +321,7 @@ def _at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    for member in list(_members.values()):
+    for member in list(_everyone):
         member.forked()
 
 

@@ -47,6 +47,7 @@ class Owner:
         self.pool_id = os.urandom(12).hex()
         self.exitcode: int | None = None
         self._reaped = False
+        self._waiting = 0
         self._lock = threading.RLock()
         self.folder = _folder()
         self.path = os.path.join(self.folder, "manager")
@@ -102,23 +103,33 @@ class Owner:
         Returns:
             Whether it has ended. Its folder is gone then.
         """
-        if self._reaped:
-            return True
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        if not poller.poll(None if timeout is None else timeout * 1000):
-            return False
         with self._lock:
-            if not self._reaped:
-                self._reaped = True
-                try:
-                    _, status = os.waitpid(self.manager, 0)
-                    self.exitcode = os.waitstatus_to_exitcode(status)
-                except ChildProcessError:
-                    self.exitcode = None  # other code of this process reaped it
-                os.close(self._pidfd)
-                shutil.rmtree(self.folder, ignore_errors=True)
-        return True
+            if self._reaped:
+                return True
+            self._waiting += 1
+        try:
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            ended = bool(poller.poll(None if timeout is None else timeout * 1000))
+        finally:
+            with self._lock:
+                self._waiting -= 1
+        with self._lock:
+            if ended and not self._reaped:
+                self._reap()
+            if self._reaped and not self._waiting and self._pidfd >= 0:
+                os.close(self._pidfd)  # nobody polls it any more
+                self._pidfd = -1
+        return ended
+
+    def _reap(self) -> None:
+        self._reaped = True
+        try:
+            _, status = os.waitpid(self.manager, 0)
+            self.exitcode = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            self.exitcode = None  # other code of this process reaped it
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def end(self) -> None:
         """End the pool now: ask the manager to, and kill it if it does not.

@@ -89,5 +89,3 @@ class Threaded:
     def forked(self) -> None:
         """In a forked child, where the thread is not."""
         self.stopped = True
-        self.engine._wake_lock = threading.RLock()  # its holder may have stayed in the parent
-        self.engine.discard()

@@ -102,7 +102,7 @@ class _Nursery:
             if not warm and not poller.poll(0):
                 self._warm_up()
                 warm = True
-            data, fds, _, _ = socket.recv_fds(self._sock, 64, 4)
+            data, fds, _, _ = socket.recv_fds(self._sock, 64, 4, socket.MSG_CMSG_CLOEXEC)
             if not data:
                 break
             _, worker, slot = SPAWN.unpack(data)

@@ -86,7 +86,7 @@ class Server:
         self._poll.close()
 
     def _hear_manager(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._control, 4096, 64)
+        data, fds, _, _ = socket.recv_fds(self._control, 4096, 64, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         for body in self._decoder.feed(data):
