@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import textwrap
@@ -19,13 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 BEGIN = """
-import json, os, signal, sys, threading, time
+import contextlib, json, os, signal, sys, threading, time
 from whitepool_mp import *
 
 def tell(value):
@@ -104,12 +102,8 @@ class Script:
         return (self._heard + out).decode(), err.decode()
 
     def end(self) -> tuple[str, str]:
-        """Kill it, if it still runs, with all that came from it."""
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            for child in psutil.Process(self.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            os.killpg(self.pid, signal.SIGKILL)
+        """Kill it, if it still runs; its pool is to end by itself."""
+        self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired, ValueError):
             out, err = self.process.communicate(timeout=5)
             return out.decode(), err.decode()

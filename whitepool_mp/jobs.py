@@ -210,7 +210,9 @@ class MapJob:
                 return
             items.append(data)
             weight += len(data)
-            if weight > ITEM_INLINE or time.monotonic() - began >= CHUNK_SECONDS:
+            if weight > ITEM_INLINE:
+                break
+            if self._chunksize is None and time.monotonic() - began >= CHUNK_SECONDS:
                 break
         if items:
             self._send(self._task(items, first))

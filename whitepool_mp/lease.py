@@ -275,8 +275,8 @@ class Lease:
         self._end("lost (its worker died)")
         self._told = True
         try:
-            link = self._member.link()
-            told = link.why(self.id, time.monotonic() + _WHY_SECONDS)
+            deadline = time.monotonic() + _WHY_SECONDS
+            told = self._member.link(deadline).why(self.id, deadline)
         except (LinkBroken, WhitepoolError):
             return self._member.gone()
         except TimedOut:

@@ -37,6 +37,8 @@ _CANCEL_SECONDS = 1.0
 """How long a checkout whose time is up waits for the manager's last word on it."""
 _INSTANT = 0.01
 """How long a checkout with timeout=0 waits: the request itself takes a moment."""
+_TERMINATE_SECONDS = 30.0
+"""How long a session that is not the owner's waits for the pool to end."""
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -117,8 +119,11 @@ class Session:
         member = self._member
         if member.closed or member.draining:
             raise member.closing()
-        link = member.link()
         deadline = None if seconds is None else time.monotonic() + (seconds or _INSTANT)
+        try:
+            link = member.link(deadline)
+        except TimedOut:
+            raise self._unanswered(seconds) from None
         number = link.next_number()
         try:
             link.send(frames.checkout(number, block, deadline, site))
@@ -150,12 +155,15 @@ class Session:
                 body = link.wait(number, until)
             return refusal(frames.read_refused(body), member.name, seconds, None)
         except TimedOut:
-            return CheckoutTimeout(
-                f"no worker of pool {member.name!r} was granted within {seconds:g} s, and its "
-                "manager does not answer (stopped, or the machine is overloaded)"
-            )
+            return self._unanswered(seconds)
         except LinkBroken:
             return member.gone()
+
+    def _unanswered(self, seconds: float | None) -> CheckoutTimeout:
+        return CheckoutTimeout(
+            f"no worker of pool {self.name!r} was granted within {seconds:g} s, and its manager "
+            "does not answer (still starting, stopped, or the machine is overloaded)"
+        )
 
     def checkin(self, lease: Lease) -> None:
         """Give a lease back, from any thread.
@@ -466,7 +474,7 @@ class Session:
             engine = member.running_engine()
             if engine is not None and not engine.wait_idle(deadline):
                 raise TimedOut
-            member.link().ask(frames.DRAIN, deadline)
+            member.link(deadline).ask(frames.DRAIN, deadline)
         except TimedOut:
             raise self._cut_short(seconds) from None
         except (LinkBroken, PoolClosed, ManagerDied):
@@ -485,13 +493,13 @@ class Session:
             raise error
 
     def _cut_short(self, seconds: float | None) -> ShutdownTimeout:
+        until = time.monotonic() + _CANCEL_SECONDS
         try:
             held = [
                 f"worker {row.slot} (pid {row.pid}), leased for {row.since:.1f} s by process "
                 f"{row.holder_pid} at {row.site}"
                 for row in (
-                    WorkerInfo(**r)
-                    for r in self._member.link().ask(frames.WORKERS, time.monotonic() + 1)
+                    WorkerInfo(**r) for r in self._member.link(until).ask(frames.WORKERS, until)
                 )
                 if row.state == "leased"
             ]
@@ -514,7 +522,8 @@ class Session:
         if member.owner is None:
             member.draining = True
             try:
-                member.link().ask(frames.TERMINATE, time.monotonic() + 30)
+                deadline = time.monotonic() + _TERMINATE_SECONDS
+                member.link(deadline).ask(frames.TERMINATE, deadline)
             except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
                 pass  # it is gone, or stuck, which its owner will see
         member.close()

@@ -30,8 +30,13 @@ class Channel:
         self.sock = socket.socket(fileno=sock_fd)
         self.sock.setblocking(True)
         self.reader = MessageReader()
-        self._page = mmap.mmap(page_fd, messages.PAGE_SIZE, prot=mmap.PROT_READ)
-        os.close(page_fd)
+        try:
+            self._page = mmap.mmap(page_fd, messages.PAGE_SIZE, prot=mmap.PROT_READ)
+        except OSError:  # it takes a descriptor of its own, and there may be none
+            self.sock.close()
+            raise
+        finally:
+            os.close(page_fd)
         self._poll = select.poll()
         self._poll.register(sock_fd, select.POLLIN)
         self.in_use = False

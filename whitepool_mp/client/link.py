@@ -21,9 +21,6 @@ from typing import Any
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import auth, frames
 
-CONNECT_SECONDS = 30.0
-"""How long the manager may take to answer a new connection (it may still be starting)."""
-
 _LONGEST_POLL = 2**31 - 1
 
 
@@ -35,17 +32,27 @@ class TimedOut(Exception):
     """The answer did not come in time. Internal."""
 
 
-def dial(path: str) -> socket.socket:
+def dial(path: str, deadline: float | None = None) -> socket.socket:
     """A connected, not yet proven, socket.
 
+    Args:
+        path: where the manager listens.
+        deadline: until when to try, on the monotonic clock; None for ever. (It connects at once,
+            unless thousands queue up before a manager that is stopped.)
+
     Raises:
+        TimedOut: there was no room in the queue in time.
         LinkBroken: nobody listens there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(CONNECT_SECONDS)
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
         sock.connect(path)
         sock.settimeout(None)
+    except TimeoutError:
+        sock.close()
+        raise TimedOut from None
     except OSError as error:
         sock.close()
         raise LinkBroken(str(error)) from None
@@ -119,10 +126,19 @@ class Link:
     """One proven control connection, for one thread at a time.
 
     Sending a checkin or a destroy is allowed from any thread.
+
+    Args:
+        path, key, member: how to join.
+        deadline: until when to try, on the monotonic clock; None for as long as the manager lives.
+
+    Raises:
+        TimedOut: the manager did not answer in time.
+        LinkBroken: it is gone.
+        AuthenticationFailed: one side does not have the key.
     """
 
-    def __init__(self, path: str, key: bytes, member: bytes) -> None:
-        self._sock = dial(path)
+    def __init__(self, path: str, key: bytes, member: bytes, deadline: float | None = None) -> None:
+        self._sock = dial(path, deadline)
         self._fds: deque[int] = deque()
         self._decoder = frames.FrameDecoder()
         self._inbox: deque[bytes] = deque()
@@ -136,14 +152,10 @@ class Link:
         self.leases: dict[int, weakref.ref[Any]] = {}
         try:
             handshake = Handshake(key, member)
-            deadline = time.monotonic() + CONNECT_SECONDS
             while not handshake.done:
                 answer = handshake.hear(self._receive(deadline))
                 if answer is not None:
                     self._sock.sendall(answer)
-        except TimedOut:
-            self.close()
-            raise LinkBroken(f"the manager did not answer within {CONNECT_SECONDS:g} s") from None
         except BaseException:
             self.close()
             raise

@@ -83,10 +83,15 @@ class Member:
 
     # --- links ----------------------------------------------------------------------------
 
-    def link(self) -> Link:
+    def link(self, deadline: float | None = None) -> Link:
         """This thread's control connection.
 
+        Args:
+            deadline: until when to try to connect, on the monotonic clock; None for as long as the
+                manager lives.
+
         Raises:
+            TimedOut: the manager did not answer in time.
             PoolClosed: the pool was shut down.
             ManagerDied: its manager is gone.
         """
@@ -99,7 +104,7 @@ class Member:
             if self.closed:
                 raise self.gone()
             try:
-                link = Link(*self.joining())
+                link = Link(*self.joining(), deadline)
             except LinkBroken:
                 raise self.gone() from None
             self._links.add(link)
@@ -168,7 +173,7 @@ class Member:
         """
         channel = self._channels.get(worker)
         if channel is None:
-            fds = self.link().open(lease, deadline)
+            fds = self.link(deadline).open(lease, deadline)
             if fds is None:
                 raise LeaseError(f"lease {lease} has no worker")
             channel = Channel(*fds)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -54,7 +54,7 @@ class Owner:
         try:
             self._start(config, factory, teardown)
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
             raise
 
     def _start(self, config: PoolConfig, factory: bytes | None, teardown: bytes | None) -> None:
@@ -92,7 +92,12 @@ class Owner:
                 ) from error
             finally:
                 os.close(fd)
-        self._pidfd = os.pidfd_open(self.manager)
+        try:
+            self._pidfd = os.pidfd_open(self.manager)
+        except OSError:  # no descriptor is left: nobody would ever end it
+            os.kill(self.manager, signal.SIGKILL)
+            os.waitpid(self.manager, 0)
+            raise
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the manager to end, and reap it.
@@ -129,7 +134,7 @@ class Owner:
             self.exitcode = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             self.exitcode = None  # other code of this process reaped it
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def end(self) -> None:
         """End the pool now: ask the manager to, and kill it if it does not.
@@ -174,3 +179,13 @@ def _folder() -> str:
     if len(os.fsencode(base)) + 40 > _LONGEST_PATH:
         base = "/tmp"
     return tempfile.mkdtemp(prefix="whitepool-", dir=base)
+
+
+def _remove(folder: str) -> None:
+    """Remove a pool's folder, in which there is at most the socket.
+
+    It takes no descriptor, which `shutil.rmtree` would: there may be none left.
+    """
+    for remove, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
+        with contextlib.suppress(OSError):  # the manager or the nursery was quicker
+            remove(path)

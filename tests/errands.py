@@ -1,0 +1,156 @@
+"""Jobs that leave a trace. Workers import this, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+
+def write(path, line):
+    """Add a line to a file in one write, which cannot mix with another process's."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        os.write(fd, f"{line}\n".encode())
+    finally:
+        os.close(fd)
+
+
+def lines(path):
+    """The lines of such a file; none if nobody wrote yet."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def run_count(path):
+    """How many jobs were begun."""
+    return len(lines(path))
+
+
+def trace(path, number):
+    """Note that this job ran; gives its number back."""
+    write(path, number)
+    return number
+
+
+def trace_or(path, bad, deed, number):
+    """`trace`, but the bad numbers do something else after it."""
+    write(path, number)
+    if number in bad:
+        deed()
+    return number
+
+
+def trace_then_wait(path, number, pipe):
+    """`trace`, and end when the test opens the pipe and closes it again."""
+    write(path, number)
+    with open(pipe) as end:
+        end.read()
+    return number
+
+
+def pid_and_wait(path):
+    """Note this process's pid, and wait to be killed."""
+    write(path, os.getpid())
+    while True:
+        signal.pause()
+
+
+def wait_to_be_killed():
+    while True:
+        signal.pause()
+
+
+def die():
+    os._exit(9)
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_iteration():
+    raise StopIteration(7)
+
+
+def bad_number(number):
+    raise ValueError(f"number {number}")
+
+
+def square(x):
+    return x * x
+
+
+def square_unless(bad, x):
+    if x == bad:
+        raise ValueError(f"number {x}")
+    return x * x
+
+
+def add(x, y, z=0):
+    return x + y + z
+
+
+def spin(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def size_and_sum(array):
+    return array.nbytes, int(array.sum())
+
+
+def doubled(array):
+    return array * 2
+
+
+def keywords(**given):
+    return given
+
+
+def write_nonsense():
+    """Write to every socket that is open here."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.write(int(name), b"nonsense" * 8)
+        except OSError:
+            continue
+    wait_to_be_killed()
+
+
+class ExitsWhenLoaded:
+    """Pickled in the worker; ends whatever thread unpickles it."""
+
+    def __reduce__(self):
+        return sys.exit, (5,)
+
+
+def exit_when_loaded():
+    return ExitsWhenLoaded()
+
+
+class Ledger:
+    """A resource."""
+
+    def __init__(self):
+        self.entries = []
+
+    def add(self, entry):
+        self.entries.append(entry)
+        return len(self.entries)
+
+    def cursor(self):
+        return (entry for entry in self.entries)
+
+    def fail(self):
+        raise KeyError("no such entry")
+
+
+def entries_and(ledger, number):
+    return type(ledger).__name__, number
