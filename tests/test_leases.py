@@ -1,4 +1,4 @@
-"""Checking workers out and in: who gets which, when, and what becomes of a lease in every ending."""
+"""Checking workers out and in: who gets which, when, and what becomes of a lease in the end."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def test_a_checked_in_worker_serves_the_next_one(start_method: str, how: str) ->
 
 
 @pytest.mark.parametrize("how", ["destroyed", "recycle", "destroy"])
-def test_a_destroyed_worker_is_killed_and_its_slot_inherited(
-    start_method: str, how: str
-) -> None:
+def test_a_destroyed_worker_is_killed_and_its_slot_inherited(start_method: str, how: str) -> None:
     with Pool(pool_size=2, start_method=start_method) as session:
         lease = session.checkout(T)
         with session.checkout(T) as other:
@@ -369,7 +367,7 @@ def test_a_lease_is_refused_by_another_pool_and_stays_valid(start_method: str) -
 def test_a_lease_cannot_be_pickled(start_method: str) -> None:
     with Pool(pool_size=1, start_method=start_method) as session:
         with session.checkout(T) as lease:
-            with pytest.raises(Exception, match="pickle|lease|Lease"):
+            with pytest.raises(TypeError, match="cannot pickle"):
                 pickle.dumps(lease)
             assert lease.call(abs, -1, timeout=T) == 1
 
@@ -501,7 +499,8 @@ def test_a_forgotten_lease_warns_and_is_checked_in(start_method: str, cyclic: bo
         holder: dict[str, Any] = {"lease": lease}
         if cyclic:
             holder["holder"] = holder
-        with pytest.warns(ResourceWarning, match=f"lease {lease.id} of pool 'db' was never"):
+        says = f"lease {lease.id} of pool 'db' was never checked in; it is now"
+        with pytest.warns(ResourceWarning, match=says):  # noqa: PT031
             del lease, holder
             gc.collect()
         whole(session)
@@ -515,7 +514,7 @@ def test_a_lease_forgotten_by_a_thread_that_ended_is_checked_in(start_method: st
         def forget() -> int:
             return session.checkout(T).pid
 
-        with pytest.warns(ResourceWarning, match="never checked in"):
+        with pytest.warns(ResourceWarning, match="never checked in"):  # noqa: PT031
             with thread(forget) as forgot:
                 pid = forgot.result(T)
             gc.collect()
@@ -526,7 +525,7 @@ def test_a_lease_forgotten_by_a_thread_that_ended_is_checked_in(start_method: st
 def test_a_lease_still_out_at_the_end_of_the_pool_warns_and_is_checked_in(
     start_method: str,
 ) -> None:
-    with pytest.warns(ResourceWarning, match="still checked out at the end"):
+    with pytest.warns(ResourceWarning, match="still checked out at the end"):  # noqa: PT031
         with Pool(pool_size=1, start_method=start_method) as session:
             lease = session.checkout(T)
             lease.call(abs, -1, timeout=T)

@@ -128,19 +128,13 @@ def test_safe_shutdown_serves_the_waiters_of_other_processes(
     new_pool: NewPool, start_method: str, threads: ThreadPoolExecutor
 ) -> None:
     code = """
-        import base64, pickle
-        session = pickle.loads(base64.b64decode(sys.stdin.readline()))
+        session = given()
         tell(session.run(pow, 2, 7, timeout=20))
     """
-    import base64
-    import pickle
-
     session = new_pool(1).run_service()
     lease = session.checkout(timeout=SOON)
     with script(code, start_method) as client:
-        assert client.process.stdin is not None
-        client.process.stdin.write(base64.b64encode(pickle.dumps(session)))
-        client.say()
+        client.give(session)
         until(lambda: session.status().waiting == 1)
         ending = threads.submit(session.safe_shutdown, SOON)
         until(lambda: session.status().draining)
@@ -269,21 +263,15 @@ def test_a_pool_can_be_ended_in_a_futures_callback(new_pool: NewPool, how: str) 
 def test_a_client_in_another_process_can_shut_the_pool_down(
     new_pool: NewPool, start_method: str
 ) -> None:
-    import base64
-    import pickle
-
     code = """
-        import base64, pickle
-        session = pickle.loads(base64.b64decode(sys.stdin.readline()))
+        session = given()
         session.safe_shutdown(timeout=10)
         tell("done")
     """
     session = new_pool(1).run_service()
     process = manager(session)
     with script(code, start_method) as client:
-        assert client.process.stdin is not None
-        client.process.stdin.write(base64.b64encode(pickle.dumps(session)))
-        client.say()
+        client.give(session)
         assert client.hear() == "done"
         gone(process)
         with pytest.raises(PoolClosed, match="make a new pool"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -502,6 +503,85 @@ def test_a_client_out_of_descriptors_is_told_so_and_recovers(start_method: str) 
         assert "Too many open files" in error[1] or "no file descriptor is left" in error[1], told
     assert told["after"] == [8, [4, 8], 16]
     assert "Traceback" not in err
+
+
+def test_starting_a_pool_with_too_few_descriptors_left_leaves_nothing(start_method: str) -> None:
+    code = """
+        import loky.backend.fork_exec, resource, whitepool_mp.client.member
+        before = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, before + 20))
+        told = []
+        for free in range(12):
+            taken = []
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            for _ in range(free):
+                os.close(taken.pop())
+            try:
+                session = pool(1).run_service()
+                told.append("started")
+                session.terminate()
+            except (OSError, WhitepoolError) as error:
+                told.append(str(error))
+            for fd in taken:
+                os.close(fd)
+            assert len(os.listdir("/proc/self/fd")) == before, told
+        tell(told)
+    """
+    with script(code, start_method) as client:
+        told = client.hear()
+        _, err = client.finish()
+    assert told[-1] == "started"
+    assert all("Too many open files" in said for said in told if said != "started"), told
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", ["run", "submit"])
+def test_calls_with_too_few_descriptors_left_fail_alone_and_leak_none(
+    start_method: str, how: str
+) -> None:
+    code = f"""
+        import resource
+        session = pool(1).run_service()
+        def work(n):
+            if {how!r} == "run":
+                return session.run(pow, 2, n, timeout=10)
+            return session.submit(pow, 2, n).result(10)
+        work(1)
+        session.run(pow, 1, 1)
+        before = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, before + 20))
+        told = []
+        for free in range(6):
+            session.run(pow, 1, 1)
+            pid = session.workers()[0].pid
+            os.kill(pid, signal.SIGKILL)
+            while not any(row.pid != pid and row.state == "idle" for row in session.workers()):
+                pass
+            taken = []
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open("/dev/null", os.O_RDONLY))
+            for _ in range(free):
+                os.close(taken.pop())
+            try:
+                told.append(work(free))
+            except OSError as error:
+                told.append(error.errno)
+            for fd in taken:
+                os.close(fd)
+            assert work(5) == 32
+        assert len(os.listdir("/proc/self/fd")) <= before
+        tell(told)
+        session.safe_shutdown(timeout=10)
+    """
+    with script(code, start_method) as client:
+        told = client.hear()
+        _, err = client.finish()
+    assert err == ""
+    assert told[-1] == 32
+    assert all(said in (errno.EMFILE, 2**n) for n, said in enumerate(told))
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ and `tell(value)`, which prints a JSON line for `Script.hear()`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
+import pickle
 import select
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from whitepool_mp import Session
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +35,11 @@ def tell(value):
 
 def pool(size=2, **options):
     return Pool(size, start_method=sys.argv[1], name="script", **options)
+
+def given():
+    # The session that the test gives by `Script.give`.
+    import base64, pickle
+    return pickle.loads(base64.b64decode(sys.stdin.readline()))
 
 def cast(session):
     # Every process of the pool, the manager first, and its folder.
@@ -51,11 +60,13 @@ class Script:
     Args:
         code: its lines after `BEGIN`; they may be indented.
         start_method: for its `pool()`.
+        before: lines that come before those.
     """
 
-    def __init__(self, code: str, start_method: str) -> None:
+    def __init__(self, code: str, start_method: str, before: str = "") -> None:
+        lines = BEGIN + textwrap.dedent(before) + textwrap.dedent(code)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN + textwrap.dedent(code), start_method],
+            [sys.executable, "-c", lines, start_method],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -86,11 +97,15 @@ class Script:
         line, _, self._heard = self._heard.partition(b"\n")
         return json.loads(line)
 
-    def say(self) -> None:
+    def say(self, line: bytes = b"") -> None:
         """Let a script go on that waits in `sys.stdin.readline()`."""
         assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
+        self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
+
+    def give(self, session: Session) -> None:
+        """Give a session to a script that waits in `given()`."""
+        self.say(base64.b64encode(pickle.dumps(session)))
 
     def finish(self, seconds: float = 20.0) -> tuple[str, str]:
         """Wait for its end; what it printed on standard output and standard error."""
@@ -111,9 +126,9 @@ class Script:
 
 
 @contextlib.contextmanager
-def script(code: str, start_method: str) -> Iterator[Script]:
+def script(code: str, start_method: str, before: str = "") -> Iterator[Script]:
     """Run a script while the block runs; whatever is left of it then is killed."""
-    running = Script(code, start_method)
+    running = Script(code, start_method, before)
     try:
         yield running
     finally:

@@ -171,18 +171,21 @@ class Member:
             LeaseError: the manager knows of no such lease (its worker died).
             LinkBroken, TimedOut: as for any request.
         """
-        channel = self._channels.get(worker)
+        with self._lock:
+            channel = self._channels.get(worker)
+            if channel is not None:
+                channel.in_use = True  # under the lock: others close those that are not
         if channel is None:
             fds = self.link(deadline).open(lease, deadline)
             if fds is None:
                 raise LeaseError(f"lease {lease} has no worker")
             channel = Channel(*fds)
+            channel.in_use = True
             with self._lock:
                 dead = [key for key, old in self._channels.items() if not old.in_use and old.dead()]
                 for key in dead:
                     self._channels.pop(key).close()
                 self._channels[worker] = channel
-        channel.in_use = True
         return channel
 
     def drop_channel(self, worker: int) -> None:

@@ -38,7 +38,7 @@ class Threaded:
     def _drive(self) -> None:
         engine = self.engine
         try:
-            while not self.stopped:
+            while not self.stopped and engine.broken is None:
                 due = engine.next_deadline()
                 engine.pump(-1 if due is None else max(0.0, due - time.monotonic()))
                 if self._waiters and engine.idle:

@@ -46,7 +46,6 @@ class Hand:
         "born",
         "control",
         "decoder",
-        "early",
         "kill_reason",
         "page",
         "pid",
@@ -63,7 +62,6 @@ class Hand:
         self.page = page
         self.born = born
         self.pid: int | None = None
-        self.early: list[bytes] = []  # what it said before its birth was announced
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
 
@@ -326,10 +324,6 @@ class Crew:
             self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
             if hand.kill_reason is not None:
                 _kill_group(pid)
-                continue
-            early, hand.early = hand.early, []
-            for body in early:
-                self._said(hand, body)
 
     def _lose_nursery(self) -> None:
         assert self._nursery is not None
@@ -367,17 +361,11 @@ class Crew:
             except ProtocolError as error:
                 self.kill(hand.worker, f"it sent nonsense to the manager: {error}")
                 return
-            if hand.pid is None:
-                hand.early += bodies  # quicker than the middleman that is to announce it
-                continue
             for body in bodies:
-                self._said(hand, body)
-
-    def _said(self, hand: Hand, body: bytes) -> None:
-        if body[0] == frames.READY:
-            self._listener.worker_ready(hand.worker)
-        elif body[0] == frames.FAILED:
-            self._listener.worker_failed(hand.worker, frames.read_plain(body))
+                if body[0] == frames.READY:
+                    self._listener.worker_ready(hand.worker)
+                elif body[0] == frames.FAILED:
+                    self._listener.worker_failed(hand.worker, frames.read_plain(body))
 
     def _tell(self, hand: Hand, data: bytes, passed: socket.socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""

@@ -116,4 +116,6 @@ def main(boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) 
 
     boot = boots.read(boot_fd)
     os.close(boot_fd)
+    for fd in (control_fd, page_fd):  # they came through an exec, and are to go no further
+        os.set_inheritable(fd, False)
     run(boot, slot, control_fd, page_fd, lifeline)
