@@ -26,25 +26,13 @@ import time
 import tokenize
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 from whitepool_mp import Pool, WorkerDied
 
 NULL_POINTER = "a job that reads address 0"
 
 
-class Report(NamedTuple):
-    """What one job tells about its file."""
-
-    path: str
-    size: int
-    packed: int
-    tokens: int
-    tokenized: bool
-    sha256: str
-
-
-def examine(path: str) -> Report:
+def examine(path: str) -> dict:
     """One job: read, tokenize, compress and hash one file."""
     if path == NULL_POINTER:
         ctypes.string_at(0)  # SIGSEGV: no exception, the process is gone
@@ -57,7 +45,14 @@ def examine(path: str) -> Report:
         tokenized = False  # the standard library's own tests hold files that are broken on purpose
     packed = zlib.compress(source, 9)
     digest = hashlib.sha256(source + packed).hexdigest()
-    return Report(path, len(source), len(packed), tokens, tokenized, digest)
+    # Plain types are the cheapest to send: a class of this script would travel by value.
+    return {
+        "path": path,
+        "packed": len(packed),
+        "tokens": tokens,
+        "tokenized": tokenized,
+        "sha256": digest,
+    }
 
 
 def standard_library(limit: int | None) -> list[str]:
@@ -114,9 +109,9 @@ def throughput(label: str, seconds: float) -> None:
 throughput("pool", pool_seconds)
 throughput("one process", sequential_seconds)
 print(f"speed-up    {sequential_seconds / pool_seconds:8.2f} x")
-packed = sum(report.packed for report in expected) / 1e6
-tokens = sum(report.tokens for report in expected)
-broken = sum(not report.tokenized for report in expected)
+packed = sum(report["packed"] for report in expected) / 1e6
+tokens = sum(report["tokens"] for report in expected)
+broken = sum(not report["tokenized"] for report in expected)
 print(f"{tokens:,} tokens; compressed to {packed:.1f} MB; {broken} files do not tokenize")
 
 print()
@@ -125,7 +120,7 @@ for index, error in errors:
     print(f"job {index + 1} of {len(jobs)} ({jobs[index]}) did not come back:")
     print(textwrap.indent(f"{type(error).__name__}: {error}", "  "))
 
-came_back = [outcome for outcome in outcomes if isinstance(outcome, Report)]
+came_back = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 one_died = [index for index, _ in errors] == [middle] and isinstance(errors[0][1], WorkerDied)
 agree = came_back == expected
 print(f"exactly that one job died: {'yes' if one_died else 'NO'}")

@@ -85,8 +85,8 @@ def session_runner(call: Any) -> Any:
     return run
 
 
-def test_run_takes_what_call_takes(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_run_takes_what_call_takes() -> None:
+    with Pool(pool_size=1) as session:
         assert session.run(deeds.add, 1, 2, z=3, timeout=T) == 6
         assert session.run(lambda: os.getpid(), timeout=T) != os.getpid()
         assert session.run(deeds.named, fn=1, self=2, timeout=T) == {"fn": 1, "self": 2}
@@ -274,15 +274,15 @@ def test_a_call_over_its_timeout_has_its_worker_killed_and_replaced(
         assert issubclass(CallTimeout, TimeoutError)
 
 
-def test_the_timeout_of_run_includes_the_wait_for_a_worker(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session, session.checkout(T) as lease:
+def test_the_timeout_of_run_includes_the_wait_for_a_worker() -> None:
+    with Pool(pool_size=1) as session, session.checkout(T) as lease:
         with pytest.raises(CheckoutTimeout, match=r"within 0\.\d+ s.*leased=1"):
             session.run(abs, -1, timeout=0.1)
         assert lease.call(abs, -1, timeout=T) == 1
 
 
-def test_a_call_with_no_time_at_all_is_late(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_a_call_with_no_time_at_all_is_late() -> None:
+    with Pool(pool_size=1) as session:
         with session.checkout(T) as lease, pytest.raises(CallTimeout):
             lease.call(deeds.hang, timeout=0)
         whole(session)
@@ -292,8 +292,8 @@ def test_a_call_with_no_time_at_all_is_late(start_method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray])
-def test_bytes_of_every_size_come_back_as_they_were(start_method: str, kind: type) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_bytes_of_every_size_come_back_as_they_were(kind: type) -> None:
+    with Pool(pool_size=1) as session:
         pid = session.run(os.getpid, timeout=T)
         for size in (0, 1, 16_383, 16_384, 65_511, 65_512, 65_536, 1 << 20, 64 << 20):
             value = kind(os.urandom(min(size, 4096)) * (size // 4096 + 1))[:size]
@@ -303,8 +303,8 @@ def test_bytes_of_every_size_come_back_as_they_were(start_method: str, kind: typ
         unharmed(session, pid)
 
 
-def test_a_memoryview_arrives_as_the_bytes_that_it_shows(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_a_memoryview_arrives_as_the_bytes_that_it_shows() -> None:
+    with Pool(pool_size=1) as session:
         for size in (0, 10, 1 << 20):
             shown = memoryview(bytes(range(256)) * (size // 256 + 1))[:size]
             assert session.run(deeds.echo, shown, timeout=T) == bytes(shown)
@@ -331,8 +331,8 @@ def _arrays() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def test_arrays_of_every_kind_come_back_equal_and_writable(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_arrays_of_every_kind_come_back_equal_and_writable() -> None:
+    with Pool(pool_size=1) as session:
         for name, value in _arrays().items():
             back = session.run(deeds.echo, value, timeout=T)
             assert back.dtype == value.dtype, name
@@ -346,10 +346,8 @@ def test_arrays_of_every_kind_come_back_equal_and_writable(start_method: str) ->
         assert square[0, 0] == 5
 
 
-def test_an_array_in_a_call_can_be_changed_there_and_stays_as_it_was_here(
-    start_method: str,
-) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_an_array_in_a_call_can_be_changed_there_and_stays_as_it_was_here() -> None:
+    with Pool(pool_size=1) as session:
         value = np.zeros(100_000)
 
         def change(array: Any) -> float:
@@ -360,23 +358,23 @@ def test_an_array_in_a_call_can_be_changed_there_and_stays_as_it_was_here(
         assert value.sum() == 0
 
 
-def test_thousands_of_buffers_travel_in_one_call(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_thousands_of_buffers_travel_in_one_call() -> None:
+    with Pool(pool_size=1) as session:
         value = [np.full(2048, number, dtype=np.int64) for number in range(2000)]
         back = session.run(deeds.echo, value, timeout=T)
         assert [array[-1] for array in back] == list(range(2000))
 
 
-def test_results_stay_valid_when_others_follow(start_method: str) -> None:
+def test_results_stay_valid_when_others_follow() -> None:
     """Nothing that was returned lies in memory that the next answer is read into."""
-    with Pool(pool_size=1, start_method=start_method) as session, session.checkout(T) as lease:
+    with Pool(pool_size=1) as session, session.checkout(T) as lease:
         kept = [lease.call(np.full, 100, number, timeout=T) for number in range(50)]
         kept += [lease.call(np.full, 50_000, number, timeout=T) for number in range(50, 60)]
         assert [array[0] for array in kept] == list(range(60))
 
 
-def test_objects_that_refer_to_themselves_keep_their_shape(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_objects_that_refer_to_themselves_keep_their_shape() -> None:
+    with Pool(pool_size=1) as session:
         loop: list[Any] = [1]
         loop.append(loop)
         back = session.run(deeds.echo, loop, timeout=T)
@@ -395,9 +393,9 @@ def test_objects_that_refer_to_themselves_keep_their_shape(start_method: str) ->
 # --- what cannot be pickled -------------------------------------------------------------------
 
 
-def test_an_argument_that_cannot_be_pickled_is_named(start_method: str) -> None:
+def test_an_argument_that_cannot_be_pickled_is_named() -> None:
     lock = threading.Lock()
-    with Pool(pool_size=1, start_method=start_method) as session:
+    with Pool(pool_size=1) as session:
         pid = session.run(os.getpid, timeout=T)
         for ask in (session.run, session.submit):
             with pytest.raises(SerializationError, match=r"argument 1 of deeds\.add .*lock"):
@@ -422,15 +420,15 @@ def _holding(lock: Any) -> Any:
     return closed
 
 
-def test_an_argument_nested_too_deeply_is_named(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_an_argument_nested_too_deeply_is_named() -> None:
+    with Pool(pool_size=1) as session:
         with pytest.raises(SerializationError, match=r"argument 0 of deeds\.echo .*Recursion"):
             session.run(deeds.echo, deeds.nest(100_000), timeout=T)
         assert session.run(abs, -1, timeout=T) == 1
 
 
-def test_an_argument_that_interrupts_its_pickling_takes_no_worker(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_an_argument_that_interrupts_its_pickling_takes_no_worker() -> None:
+    with Pool(pool_size=1) as session:
         with pytest.raises(KeyboardInterrupt, match="while pickling"):
             session.run(deeds.echo, deeds.OnPickling(deeds.pickle_badly), timeout=T)
         with session.checkout(T) as lease:
@@ -470,8 +468,8 @@ def test_a_result_that_cannot_travel_fails_that_one_call(
         unharmed(session, pid)
 
 
-def test_a_generator_cannot_come_back(start_method: str) -> None:
-    with Pool(pool_size=1, start_method=start_method) as session:
+def test_a_generator_cannot_come_back() -> None:
+    with Pool(pool_size=1) as session:
         with pytest.raises(SerializationError, match="generator"):
             session.run(lambda: (x for x in range(3)), timeout=T)
         assert session.run(lambda: list(range(3)), timeout=T) == [0, 1, 2]
@@ -541,8 +539,8 @@ def test_what_stayed_in_the_worker_is_released_at_the_end_of_the_lease(start_met
                 things[0].hello()
 
 
-def test_a_method_that_returns_the_resource_gives_it_again(start_method: str) -> None:
-    with Pool(1, factory=deeds.Counter, start_method=start_method) as session:
+def test_a_method_that_returns_the_resource_gives_it_again() -> None:
+    with Pool(1, factory=deeds.Counter) as session:
         with session.checkout(T) as lease:
             again = lease.get().myself().myself()
             assert again.add(2) == 2
@@ -551,8 +549,8 @@ def test_a_method_that_returns_the_resource_gives_it_again(start_method: str) ->
                 again.fail()
 
 
-def test_a_proxy_says_what_it_cannot_do(start_method: str) -> None:
-    with Pool(1, factory=deeds.Counter, start_method=start_method) as session:
+def test_a_proxy_says_what_it_cannot_do() -> None:
+    with Pool(1, factory=deeds.Counter) as session:
         with session.checkout(T) as lease:
             counter = lease.get()
             assert "Proxy of resource" in repr(counter)
@@ -565,7 +563,7 @@ def test_a_proxy_says_what_it_cannot_do(start_method: str) -> None:
             with pytest.raises(SerializationError, match="arguments of method 'add'"):
                 counter.add(threading.Lock())
             assert counter.add(1) == 1
-    with Pool(pool_size=1, start_method=start_method, name="bare") as session:
+    with Pool(pool_size=1, name="bare") as session:
         with session.checkout(T) as lease, pytest.raises(LeaseError, match="'bare' has no factory"):
             lease.get()
 

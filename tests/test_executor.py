@@ -141,9 +141,7 @@ def test_nothing_is_accepted_after_a_shutdown(executor: SessionExecutor) -> None
     executor.shutdown()  # once more
 
 
-def test_a_shutdown_waits_for_what_was_submitted(
-    executor: SessionExecutor, tmp_path: Path
-) -> None:
+def test_a_shutdown_waits_for_what_was_submitted(executor: SessionExecutor, tmp_path: Path) -> None:
     path = tmp_path / "ran"
     futures = [executor.submit(errands.trace, path, number) for number in range(50)]
     executor.shutdown()

@@ -310,8 +310,8 @@ def test_a_stopped_worker_is_killed_at_the_deadline(
         gone(lease.pid)
 
 
-def test_a_deadline_holds_while_arguments_are_sent(start_method: str, tmp_path: Any) -> None:
-    with Pool(pool_size=2, start_method=start_method) as session, sibling(session, tmp_path):
+def test_a_deadline_holds_while_arguments_are_sent(tmp_path: Any) -> None:
+    with Pool(pool_size=2) as session, sibling(session, tmp_path):
         with session.checkout(T) as lease:
             os.kill(lease.pid, signal.SIGSTOP)
             with pytest.raises(CallTimeout):
@@ -479,10 +479,9 @@ def test_a_factory_that_hangs_is_ended_by_start_timeout(start_method: str, tmp_p
         assert session.run(lambda number: number, with_resource=True, timeout=T) == 2
 
 
-def test_a_checkout_shorter_than_a_slow_start_times_out_with_the_numbers(
-    start_method: str,
-) -> None:
-    with Pool(pool_size=1, factory=deeds.hang, start_method=start_method) as session:
+def test_a_checkout_shorter_than_a_slow_start_times_out_with_the_numbers() -> None:
+    with Pool(pool_size=1, factory=deeds.hang) as session:
+        until(lambda: session.status().booting == 1)
         with pytest.raises(CheckoutTimeout, match="booting=1"):
             session.checkout(0.1)
         session.terminate()
@@ -513,7 +512,7 @@ def test_a_slow_factory_blocks_nobody_else(start_method: str, tmp_path: Any) -> 
         session.terminate()
 
 
-def test_a_failing_overflow_leaves_the_others_serving(start_method: str, tmp_path: Any) -> None:
+def test_a_failing_overflow_leaves_the_others_serving(tmp_path: Any) -> None:
     path = str(tmp_path / "pids")
 
     class WorksOnce:
@@ -524,7 +523,7 @@ def test_a_failing_overflow_leaves_the_others_serving(start_method: str, tmp_pat
             return number
 
     WorksOnce.__module__ = "__main__"
-    with Pool(1, 1, WorksOnce(), start_method=start_method) as session:
+    with Pool(1, 1, WorksOnce()) as session:
         whole(session)
         with session.checkout(T) as lease:
             with pytest.raises((CheckoutTimeout, FactoryFailed), match="only one"):
@@ -540,15 +539,13 @@ def test_a_factory_may_return_what_cannot_be_pickled(start_method: str) -> None:
             assert lease.call(lambda lock: lock.locked(), timeout=T) is True
 
 
-def test_a_factory_that_cannot_be_pickled_is_refused_before_anything_starts(
-    start_method: str,
-) -> None:
+def test_a_factory_that_cannot_be_pickled_is_refused_before_anything_starts() -> None:
     lock = threading.Lock()
     before = processes()
-    pool = Pool(pool_size=1, factory=lambda: lock, start_method=start_method)
+    pool = Pool(pool_size=1, factory=lambda: lock)
     with pytest.raises(SerializationError, match=r"the factory .*<lambda> cannot be pickled.*lock"):
         pool.run_service()
-    pool = Pool(1, factory=deeds.Counter, teardown=lambda _: lock, start_method=start_method)
+    pool = Pool(1, factory=deeds.Counter, teardown=lambda _: lock)
     with pytest.raises(SerializationError, match=r"the teardown .*<lambda> cannot be pickled"):
         pool.run_service()
     assert processes() == before

@@ -82,6 +82,8 @@ BUSY_OWNER = """
     session = pool(2).run_service()
     told = cast(session)
     futures = [session.submit(time.sleep, 1000) for _ in range(5)]
+    while session.status().waiting < 3:
+        pass
     threading.Thread(target=session.checkout, args=(None,), daemon=True).start()
     while session.status().waiting < 4:
         pass

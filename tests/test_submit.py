@@ -324,10 +324,11 @@ def test_cancel_from_many_threads_at_once_succeeds_for_all(pool: Session, tmp_pa
     for _ in range(10):
         future = pool.submit(errands.pid_and_wait, tmp_path / "pids")
         outcomes: list[bool] = []
-        threads = [
-            threading.Thread(target=lambda future=future: outcomes.append(future.cancel()))
-            for _ in range(4)
-        ]
+
+        def cancel(future: Future[Any] = future, outcomes: list[bool] = outcomes) -> None:
+            outcomes.append(future.cancel())
+
+        threads = [threading.Thread(target=cancel) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -394,9 +395,7 @@ def test_a_job_whose_worker_died_before_its_channel_was_open_runs_elsewhere(
     assert errands.lines(path) == ["1"]
 
 
-def test_a_worker_that_writes_nonsense_ends_its_own_job_only(
-    pool: Session, tmp_path: Path
-) -> None:
+def test_a_worker_that_writes_nonsense_ends_its_own_job_only(pool: Session, tmp_path: Path) -> None:
     other, _ = busy(pool, tmp_path / "pids")
     with pytest.raises(WhitepoolError):
         pool.submit(errands.write_nonsense).result(SOON)
@@ -704,9 +703,7 @@ def test_the_time_of_an_item_counts_for_itself(pool: Session, tmp_path: Path) ->
 def test_an_item_that_cannot_be_pickled_fails_alone(pool: Session) -> None:
     items = [1, 2, threading.Lock(), 3, threading.Lock(), 4]
     for chunksize in (None, 1, 4, 10):
-        results = list(
-            pool.map(operator.not_, items, chunksize=chunksize, return_exceptions=True)
-        )
+        results = list(pool.map(operator.not_, items, chunksize=chunksize, return_exceptions=True))
         assert [type(each) for each in results] == [
             bool,
             bool,
@@ -879,5 +876,3 @@ def test_an_idle_engine_uses_no_processor_time(pool: Session) -> None:
     with pytest.raises(FutureTimeout):
         Future[None]().result(0.3)
     assert time.process_time() - before < 0.1
-
-

@@ -340,9 +340,9 @@ class AsyncSession:
         member = self._member
         if member.closed:
             return
-        driver = self._any_driver()
-        member.draining = True
         try:
+            driver = self._any_driver()
+            member.draining = True
             await asyncio.wait_for(self._drain(driver), seconds)
         except asyncio.TimeoutError:
             await self.terminate()
@@ -352,6 +352,9 @@ class AsyncSession:
             ) from None
         except PoolClosed:
             pass  # somebody else ended it meanwhile
+        except ManagerDied:
+            await self._end()
+            raise
         await self._end()
 
     async def _drain(self, driver: Looped) -> None:

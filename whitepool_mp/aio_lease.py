@@ -34,6 +34,7 @@ class AsyncLease:
         self._driver = driver
         self._lease = lease
         self._process = os.getpid()
+        self._references = False
 
     def __repr__(self) -> str:
         state = "valid" if self.valid else self._lease.ended or "of another process"
@@ -104,7 +105,10 @@ class AsyncLease:
             driver.engine.cancel(task)
             driver.settle()
             raise
-        return AsyncProxy(self, *value) if isinstance(value, Reference) else value
+        if isinstance(value, Reference):
+            self._references = True
+            return AsyncProxy(self, *value)
+        return value
 
     async def checkin(self) -> None:
         """Give the worker back. A worker with a call still running is replaced, not reused.
@@ -116,6 +120,9 @@ class AsyncLease:
         if self._lease.task is not None:
             await self.destroy()
             return
+        channel = self._lease.channel
+        if self._references and channel is not None:
+            channel.tell(messages.pack(messages.RELEASE, 0, 0, self.id, b""))
         self._driver.engine.checkin(self._lease)
         self._driver.settle()
 

@@ -22,8 +22,8 @@ CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share."""
 LARGEST_CHUNK = 1024
 AHEAD = 8
-"""How many windows of input may have been read beyond the results handed out: a slow call, or a slow
-taker of results, holds the others up only then."""
+"""How many windows of input may have been read beyond the results handed out; a slow call, or a
+slow taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
 

@@ -321,8 +321,8 @@ class Session:
     ) -> Iterator[T]:
         """Run `fn` on each item (or on items of several iterables together) in the workers.
 
-        The input is read as the results are taken, at most a window ahead: it may be endless. Each
-        call ends on its own: one that raises, or whose worker dies, costs no other its result.
+        The input is read as the results are taken, at most a few windows ahead: it may be endless.
+        Each call ends on its own: one that raises, or whose worker dies, costs no other its result.
 
         Args:
             fn: the function; it is pickled once.

@@ -38,7 +38,7 @@ from whitepool_mp.errors import (
     WhitepoolError,
     WorkerDied,
 )
-from whitepool_mp.wire import frames
+from whitepool_mp.wire import descriptors, frames
 
 MAX_TICKETS = 256
 """How many checkouts the queued jobs of an engine ask for at once."""
@@ -85,8 +85,13 @@ class Engine:
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
         self._order = itertools.count()
         self.running = 0
-        _engines.add(self)
         self.broken: WhitepoolError | None = None
+        # An event loop may end and leave its engine behind.
+        self._collected = weakref.finalize(
+            self, _close, self._sock, self._channels, self._epoll, self._wake
+        )
+        self._collected.atexit = False
+        _engines.add(self)
 
     # --- for the driver -------------------------------------------------------------------
 
@@ -149,16 +154,11 @@ class Engine:
 
     def discard(self) -> None:
         """Close this process's descriptors, and nothing else."""
-        self._sock.close()
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
-        self._by_fd.clear()
         with self._wake_lock:
-            if self._wake >= 0:
-                self._epoll.close()
-                os.close(self._wake)
-                self._wake = -1
+            if self._collected.detach() is not None:
+                _close(self._sock, self._channels, self._epoll, self._wake)
+            self._wake = -1
+        self._by_fd.clear()
 
     # --- requests to the manager ----------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Engine:
 
     def _hear_manager(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64, socket.MSG_CMSG_CLOEXEC)
+            data, fds = descriptors.receive(self._sock, 65536, 64)
         except BlockingIOError:
             return
         except OSError:
@@ -580,6 +580,18 @@ class Engine:
             self._epoll.unregister(fd)
             del self._by_fd[fd]
             channel.close()
+
+
+def _close(
+    sock: socket.socket, channels: dict[int, EngineChannel], epoll: select.epoll, wake: int
+) -> None:
+    """Close what an engine has open."""
+    sock.close()
+    for channel in channels.values():
+        channel.close()
+    channels.clear()
+    epoll.close()
+    os.close(wake)
 
 
 def _after_fork_in_child() -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from typing import Any
 
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
-from whitepool_mp.wire import auth, frames
+from whitepool_mp.wire import auth, descriptors, frames
 
 _LONGEST_POLL = 2**31 - 1
 
@@ -243,9 +243,7 @@ class Link:
                 raise TimedOut
             try:
                 if self._expect_fds:
-                    data, fds, _, _ = socket.recv_fds(
-                        self._sock, 65536, 16, socket.MSG_CMSG_CLOEXEC
-                    )
+                    data, fds = descriptors.receive(self._sock, 65536, 16)
                     self._fds.extend(fds)
                 else:
                     data = self._sock.recv(65536)

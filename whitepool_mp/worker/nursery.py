@@ -30,6 +30,7 @@ import traceback
 from typing import NoReturn
 
 from whitepool_mp.wire import boot as boots
+from whitepool_mp.wire import descriptors
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import linux
 
@@ -102,7 +103,7 @@ class _Nursery:
             if not warm and not poller.poll(0):
                 self._warm_up()
                 warm = True
-            data, fds, _, _ = socket.recv_fds(self._sock, 64, 4, socket.MSG_CMSG_CLOEXEC)
+            data, fds = descriptors.receive(self._sock, 64, 4)
             if not data:
                 break
             _, worker, slot = SPAWN.unpack(data)

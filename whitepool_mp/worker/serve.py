@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire import descriptors, frames, messages, payload
 from whitepool_mp.wire.messages import Message, MessageReader
 
 
@@ -86,7 +86,7 @@ class Server:
         self._poll.close()
 
     def _hear_manager(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._control, 4096, 64, socket.MSG_CMSG_CLOEXEC)
+        data, fds = descriptors.receive(self._control, 4096, 64)
         if not data:
             return False
         for body in self._decoder.feed(data):
