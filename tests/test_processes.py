@@ -447,6 +447,4 @@ def test_a_pool_started_in_a_worker_ends_with_it_at_the_latest(start_method: str
         process = manager(session)
     until(lambda: not any(map(psutil.pid_exists, inner)))
     gone(process)
-    if how == "left to a kill":
-        # The outer manager may have killed the inner nursery before that had removed this.
-        shutil.rmtree(folder, ignore_errors=True)
+    until(lambda: not os.path.exists(folder))

@@ -10,10 +10,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from whitepool_mp.client.link import LinkBroken, TimedOut
+from whitepool_mp.client.link import Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, Ticket, refusal
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
+    CallTimeout,
     CheckoutTimeout,
     LeaseError,
     ManagerDied,
@@ -37,6 +38,8 @@ _CANCEL_SECONDS = 1.0
 """How long a checkout whose time is up waits for the manager's last word on it."""
 _INSTANT = 0.01
 """How long a checkout with timeout=0 waits: the request itself takes a moment."""
+_ASK_SECONDS = 30.0
+"""How long a question about the pool waits for the manager's answer."""
 _TERMINATE_SECONDS = 30.0
 """How long a session that is not the owner's waits for the pool to end."""
 _PACKAGE = __name__.rpartition(".")[0]
@@ -380,6 +383,7 @@ class Session:
 
         Raises:
             PoolClosed, ManagerDied: the pool is gone.
+            CallTimeout: its manager does not answer (it is stopped).
         """
         return make_status(self._member.name, self._ask(frames.STATUS))
 
@@ -388,6 +392,7 @@ class Session:
 
         Raises:
             PoolClosed, ManagerDied: the pool is gone.
+            CallTimeout: its manager does not answer (it is stopped).
         """
         return [WorkerInfo(**row) for row in self._ask(frames.WORKERS)]
 
@@ -411,18 +416,22 @@ class Session:
         """
         now = self.status()
         size, overflow = check_sizes(pool_size, max_overflow, now)
-        link = self._member.link()
-        number = link.next_number()
-        try:
-            link.send(frames.resize(number, size, overflow))
-            link.wait(number, None)
-        except LinkBroken:
-            raise self._member.gone() from None
+        self._answered(lambda link, until: link.resize(size, overflow, until))
         self._member.capacity = size + overflow
 
     def _ask(self, kind: int) -> Any:
+        return self._answered(lambda link, until: link.ask(kind, until))
+
+    def _answered(self, question: Callable[[Link, float], Any]) -> Any:
+        """Put a question to the manager, which may be gone, or stopped."""
+        deadline = time.monotonic() + _ASK_SECONDS
         try:
-            return self._member.link().ask(kind)
+            return question(self._member.link(deadline), deadline)
+        except TimedOut:
+            raise CallTimeout(
+                f"the manager of pool {self.name!r} did not answer within {_ASK_SECONDS:g} s: "
+                "it is stopped, or the machine is overloaded"
+            ) from None
         except LinkBroken:
             raise self._member.gone() from None
 

@@ -213,6 +213,12 @@ class Link:
         self.send(frames.request_lease(frames.WHY, number, lease))
         return frames.read_reply(self.wait(number, deadline))
 
+    def resize(self, pool_size: int, max_overflow: int, deadline: float | None) -> None:
+        """Ask for other sizes, and wait until they are in force."""
+        number = self.next_number()
+        self.send(frames.resize(number, pool_size, max_overflow))
+        self.wait(number, deadline)
+
     def ask(self, kind: int, deadline: float | None = None) -> Any:
         """Send a request without fields and return its JSON answer."""
         number = self.next_number()

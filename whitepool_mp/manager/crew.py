@@ -26,9 +26,12 @@ from typing import Any, Protocol
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
+from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import frames, messages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import nursery as nurseries
+
+_MARK = boots.MARKER.encode() + b"="
 
 
 class Listener(Protocol):
@@ -258,17 +261,24 @@ class Crew:
         os.close(hand.page)
         self._listener.worker_exited(hand.worker, obituary)
 
-    def _sweep(self) -> None:
+    def _sweep(self, last: bool = False) -> int:
         """Kill what dead workers left: children of ours that are neither worker nor nursery.
 
-        A living worker adopts its own orphans, so what has come to this process is a dead one's.
+        A living worker adopts its own orphans, so what has come to this process is a dead one's. A
+        pool that ran inside that worker is ending by itself, its owner being dead, and tidies up as
+        it does: it is asked to, and killed only at the end (`last`).
+
+        Returns:
+            How many there were.
         """
         children = _children()
         self._read_nursery()  # a worker may have been born while we looked
-        for pid in children:
-            if pid not in self._by_pid and pid != self._nursery_pid:
-                # Only this process reaps its children, so the number is still that child's.
-                os.kill(pid, signal.SIGKILL)
+        strays = [pid for pid in children if pid not in self._by_pid and pid != self._nursery_pid]
+        for pid in strays:
+            # Only this process reaps its children, so the number is still that child's.
+            patient = not last and _of_another_pool(pid, self._boot.pool_id)
+            os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
+        return len(strays)
 
     # --- the nursery ----------------------------------------------------------------------
 
@@ -390,8 +400,12 @@ class Crew:
 
     # --- the end --------------------------------------------------------------------------
 
-    def end_nursery(self) -> None:
-        """Kill the nursery and reap it; for the manager's own orderly end."""
+    def end_nursery(self) -> int:
+        """Kill the nursery and reap it; for the manager's own orderly end.
+
+        Returns:
+            How many processes are left to end: reap until there are none, then `kill_rest`.
+        """
         pid = self._nursery_pid
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -399,7 +413,11 @@ class Crew:
             self._nursery_pid = None
         if self._nursery is not None:
             self._lose_nursery()
-        self._sweep()
+        return self._sweep()
+
+    def kill_rest(self) -> None:
+        """Kill whatever still is a child of this process."""
+        self._sweep(last=True)
 
 
 def _children() -> list[int]:
@@ -415,6 +433,16 @@ def _children() -> list[int]:
         import psutil
 
         return [child.pid for child in psutil.Process(own).children()]
+
+
+def _of_another_pool(pid: int, pool_id: str) -> bool:
+    """Whether an unreaped child is part of another pool (one that a worker of ours made)."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            marks = [entry for entry in file.read().split(b"\0") if entry.startswith(_MARK)]
+    except OSError:
+        return False  # it is a zombie, or another user's by now
+    return bool(marks) and marks != [_MARK + pool_id.encode()]
 
 
 def _kill_group(pid: int) -> None:

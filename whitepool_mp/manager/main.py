@@ -25,6 +25,9 @@ from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import linux
 
+LAST_SECONDS = 2.0
+"""How long pools that ran inside workers have for their own end, before this one ends."""
+
 
 def main(boot_fd: int, listener_fd: int) -> NoReturn:
     """Be the manager.
@@ -93,7 +96,12 @@ def _manage(boot: Boot, listener: socket.socket, owner: int) -> None:
             import psutil  # noqa: F401  (wanted at the first death: have it ready by then)
 
             warm = True
-    crew.end_nursery()
+    left = crew.end_nursery()
+    deadline = time.monotonic() + LAST_SECONDS
+    while left and (now := time.monotonic()) < deadline:
+        loop.turn(deadline - now)  # SIGCHLD: somebody ended, and was reaped
+        left = crew.end_nursery()
+    crew.kill_rest()
     shutil.rmtree(boot.folder, ignore_errors=True)
     manager.answer_drainers()
     door.close()
