@@ -212,12 +212,29 @@ def test_every_kind_of_exception_comes_back_and_harms_no_worker(
 
 
 @pytest.mark.parametrize(
+    ("kind", "args", "kwargs", "message"),
+    [
+        (deeds.NeedsArguments, (7,), {"detail": "low"}, "code 7: low"),
+        (deeds.Changeling, ("swapped",), {}, "swapped"),
+        (deeds.Spiteful, ("bad",), {}, "bad"),
+    ],
+)
+def test_an_exception_whose_own_pickling_fails_still_arrives_as_its_own_type(
+    start_method: str, kind: Any, args: Any, kwargs: Any, message: str
+) -> None:
+    with Pool(pool_size=1, start_method=start_method) as session:
+        pid = session.run(os.getpid, timeout=T)
+        with pytest.raises(kind, match=message) as caught:
+            session.run(deeds.throw, kind, *args, timeout=T, **kwargs)
+        assert type(caught.value) is kind
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        unharmed(session, pid)
+
+
+@pytest.mark.parametrize(
     ("kind", "args", "kwargs", "name", "message"),
     [
-        (deeds.NeedsArguments, (7,), {"detail": "low"}, "NeedsArguments", "code 7: low"),
         (deeds.Unpicklable, ("locked",), {}, "Unpicklable", "locked"),
-        (deeds.Changeling, ("swapped",), {}, "Changeling", "swapped"),
-        (deeds.Spiteful, ("bad",), {}, "Spiteful", "bad"),
     ],
 )
 def test_an_exception_that_cannot_travel_arrives_as_a_remote_error_that_names_it(

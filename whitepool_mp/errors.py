@@ -87,6 +87,24 @@ def _restore(
     return error
 
 
+def headline(text: str) -> str:
+    """The line of a traceback (or of another account of a failure) that says what happened.
+
+    Args:
+        text: a formatted traceback, perhaps with a title before it; the exception's own message may
+            have several lines.
+
+    Returns:
+        The title, if there is one, and the line that names the exception.
+    """
+    lines = text.strip().splitlines() or ["no reason given"]
+    begins = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent")]
+    if not begins:
+        return lines[0]
+    named = next((line for line in lines[begins[-1] + 1 :] if not line.startswith(" ")), lines[-1])
+    return f"{lines[0]} {named}" if begins[0] > 0 else named
+
+
 class PoolClosed(WhitepoolError):
     """The pool is shut down, or is shutting down and takes no new work.
 

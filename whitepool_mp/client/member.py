@@ -32,6 +32,7 @@ from whitepool_mp.errors import (
     ProtocolError,
     WhitepoolError,
     WorkerDied,
+    headline,
 )
 from whitepool_mp.wire import frames
 
@@ -299,8 +300,7 @@ def refusal(
     if refused.why == "closed":
         return PoolClosed(f"{title} is shutting down: it takes no new checkouts")
     if refused.why == "factory_failed":
-        last = detail.strip().splitlines()[-1] if detail.strip() else "no reason given"
-        return FactoryFailed(f"no worker of {title} could start: {last}", detail)
+        return FactoryFailed(f"no worker of {title} could start: {headline(detail)}", detail)
     waited = "" if seconds is None else f" within {seconds:g} s"
     return CheckoutTimeout(
         f"no worker of {title} became free{waited}: {detail}; hold leases for less long, or raise "

@@ -40,7 +40,7 @@ from whitepool_mp.broker import (
     WorkerReady,
 )
 from whitepool_mp.config import Policy
-from whitepool_mp.errors import ProtocolError
+from whitepool_mp.errors import ProtocolError, headline
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
@@ -180,7 +180,7 @@ class Manager:
             f"leased={status.leased} booting={status.booting} waiting={status.waiting}"
         )
         if status.failing and status.last_failure:
-            text += f"; the last start failed: {status.last_failure.strip().splitlines()[-1]}"
+            text += f"; the last start failed: {headline(status.last_failure)}"
         return text
 
     # --- what clients say -----------------------------------------------------------------

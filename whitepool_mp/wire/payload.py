@@ -170,11 +170,40 @@ def dump_failure(error: BaseException, traceback_text: str) -> bytes:
     except Exception as failing:
         name, message = type(error).__name__, f"<its str() raised {type(failing).__name__}>"
     outer = pickle.dumps((name, message, traceback_text), 5)
-    try:
-        inner = dumps_inside(error)
-    except Exception:  # it cannot travel: the other side is told by name
-        inner = b""
+    inner = _dump_exception(error) or _dump_exception(_Parts(error)) or b""
     return _FAILURE.pack(len(outer), len(inner)) + outer + inner
+
+
+def _dump_exception(error: BaseException | _Parts) -> bytes | None:
+    """A pickle that is known to load as an exception, or None."""
+    try:
+        data = dumps_inside(error)
+        loaded = loads(data)
+    except BaseException:  # its own code runs here, and may raise anything
+        return None
+    return data if isinstance(loaded, BaseException) else None
+
+
+class _Parts:
+    """Pickles as an exception that is put together again without its `__init__` or `__reduce__`.
+
+    A class whose `__init__` takes other arguments than it hands on (nothing unusual, and nothing
+    wrong) cannot be unpickled in the ordinary way, which calls it with `args`.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        return rebuild, (type(self._error), self._error.args, self._error.__dict__)
+
+
+def rebuild(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    """An exception of this type with these `args` and attributes."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 def load_failure(data: bytes | memoryview) -> BaseException:
