@@ -30,7 +30,7 @@ from whitepool_mp.errors import (
     ShutdownTimeout,
 )
 from whitepool_mp.jobs import MapJob, Ordering, progress_bar
-from whitepool_mp.session import Session, caller_site
+from whitepool_mp.session import INSTANT, Session, caller_site
 from whitepool_mp.status import Status, WorkerInfo, check_sizes, make_status, statistics
 from whitepool_mp.wire import frames, payload
 
@@ -114,7 +114,7 @@ class AsyncSession:
         driver = self._driver()
         engine, loop = driver.engine, driver.loop
         future: asyncio.Future[Any] = loop.create_future()
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = None if seconds is None else time.monotonic() + (seconds or INSTANT)
         ticket = engine.checkout(block, deadline, site, lambda value: resolve(future, value))
         driver.settle()
         timers: list[asyncio.TimerHandle] = []
@@ -136,7 +136,7 @@ class AsyncSession:
             )
 
         if seconds is not None:
-            timers.append(loop.call_later(seconds, too_late))
+            timers.append(loop.call_later(seconds or INSTANT, too_late))
         try:
             value = await future
         except asyncio.CancelledError:

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from whitepool_mp.client.answers import Reference
-from whitepool_mp.client.engine_lease import EngineLease
+from whitepool_mp.client.engine_lease import LOST, EngineLease
 from whitepool_mp.client.looped import FutureSink, Looped
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.config import check_timeout
-from whitepool_mp.errors import LeaseError, SerializationError
+from whitepool_mp.errors import LeaseError, SerializationError, WorkerDied
 from whitepool_mp.wire import messages, payload
 
 
@@ -46,6 +46,8 @@ class AsyncLease:
         return self._lease.ended is None and self._process == os.getpid()
 
     def _check(self) -> None:
+        if self._lease.ended == LOST:
+            raise WorkerDied(pool=self.name, pid=self.pid, slot=self.slot, started=False)
         if not self.valid:
             raise LeaseError(
                 f"lease {self.id} of pool {self.name!r} was used after it was "

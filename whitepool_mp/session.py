@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 _CANCEL_SECONDS = 1.0
 """How long a checkout whose time is up waits for the manager's last word on it."""
-_INSTANT = 0.01
+INSTANT = 0.01
 """How long a checkout with timeout=0 waits: the request itself takes a moment."""
 _ASK_SECONDS = 30.0
 """How long a question about the pool waits for the manager's answer."""
@@ -122,7 +122,7 @@ class Session:
         member = self._member
         if member.closed or member.draining:
             raise member.closing()
-        deadline = None if seconds is None else time.monotonic() + (seconds or _INSTANT)
+        deadline = None if seconds is None else time.monotonic() + (seconds or INSTANT)
         try:
             link = member.link(deadline)
         except TimedOut:

@@ -125,4 +125,9 @@ def check_sizes(pool_size: int | None, max_overflow: int | None, now: Status) ->
         if given < least or given > MAX_WORKERS:
             raise ValueError(f"{name}: got {given}; allowed: {least} to {MAX_WORKERS}")
         result.append(given)
+    if sum(result) > MAX_WORKERS:
+        raise ValueError(
+            f"pool_size + max_overflow: got {result[0]} + {result[1]}; "
+            f"allowed: at most {MAX_WORKERS} together"
+        )
     return result[0], result[1]

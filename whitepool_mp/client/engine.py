@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
+from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
 from whitepool_mp.client.link import Handshake, dial, take_pair
 from whitepool_mp.client.member import Member, refusal, worker_died
 from whitepool_mp.client.tasks import Task
@@ -501,7 +501,7 @@ class Engine:
         """A worker is gone: find out why for the call it had begun, move the others on."""
         task, lease.task = lease.task, None
         channel = lease.channel
-        lease.ended = "lost (its worker died)"
+        lease.ended = LOST
         if task is None:
             self._drop(lease)
             return

@@ -6,6 +6,9 @@ from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.wire import frames, messages
 
+LOST = "lost (its worker died)"
+"""How a lease ended under which the worker died."""
+
 
 class EngineLease:
     """A worker leased by an engine."""

@@ -39,7 +39,7 @@ from whitepool_mp.broker import (
     WorkerFailed,
     WorkerReady,
 )
-from whitepool_mp.config import Policy
+from whitepool_mp.config import MAX_WORKERS, Policy
 from whitepool_mp.errors import ProtocolError, headline
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
@@ -289,8 +289,8 @@ class Manager:
 
     def _on_resize(self, client: Client, body: bytes) -> None:
         number, pool_size, max_overflow = frames.read_resize(body)
-        if pool_size < 1:
-            raise ProtocolError("a resize to no worker")
+        if not 1 <= pool_size <= pool_size + max_overflow <= MAX_WORKERS:
+            raise ProtocolError(f"a resize to {pool_size}+{max_overflow} workers")
         self.apply(Resize(pool_size, max_overflow))
         self._door.send(client, frames.reply(number, True))
 
