@@ -170,9 +170,9 @@ def unprivileged() -> pwd.struct_passwd | None:
     return users.get("postgres") or users["nobody"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def postgres_dsn() -> Iterator[str]:
-    """The DSN of a real PostgreSQL server that lives as long as the test session."""
+    """The DSN of a real PostgreSQL server that lives as long as its module's tests."""
     binaries = postgres_binaries()
     folder = Path(tempfile.mkdtemp(prefix="wp-pg-"))
     data, log = folder / "data", folder / "log"
