@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -17,6 +19,12 @@ from whitepool_mp import Session
 MARK = "WHITEPOOL_TEST_RUN"
 RUN = uuid.uuid4().hex
 os.environ[MARK] = RUN  # inherited by every process that a test starts
+
+# A temporary folder of this run's own: other pools on the machine are not to be mistaken for ours.
+# Others may pass through it (the tests' PostgreSQL server runs as somebody else).
+tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="wp-")
+os.chmod(tempfile.tempdir, 0o711)
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> object:
