@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from support import descriptors, files, processes
+from support import descriptors, files, last_pid, pids, processes
 
 HANG_SECONDS = 120
 
@@ -19,18 +19,19 @@ HANG_SECONDS = 120
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Fail a test that leaves a process, a descriptor, a thread or a temporary file behind."""
-    gc.collect()
-    before = processes(), descriptors(), files(), set(threading.enumerate())
+    before = pids(), descriptors(), files(), set(threading.enumerate())
+    began = last_pid()
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-    gc.collect()
+    if last_pid() != began:
+        gc.collect()  # it started processes: what it forgot shows now, and in this test
     deadline = time.monotonic() + 5.0
     while True:
         left = {
-            "processes": processes() - before[0],
+            "processes": processes(pids() - before[0]),
             "descriptors": {
                 fd: target for fd, target in descriptors().items() if before[1].get(fd) != target
             },

@@ -41,12 +41,24 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> object:
         time.sleep(0.002)
 
 
-def processes() -> set[psutil.Process]:
+def pids() -> set[int]:
+    """Every process of the machine."""
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+
+
+def last_pid() -> str:
+    """The number of the process that was started last, whoever did."""
+    with open("/proc/loadavg") as file:
+        return file.read().split()[-1]
+
+
+def processes(among: set[int] | None = None) -> set[psutil.Process]:
     """Every living process that this test run started, itself excepted."""
     found = set()
-    for process in psutil.process_iter():
+    for pid in pids() if among is None else among:
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(MARK) == RUN:
+            process = psutil.Process(pid)
+            if pid != os.getpid() and process.environ().get(MARK) == RUN:
                 found.add(process)
     return found
 

@@ -281,6 +281,7 @@ class Lease:
             return self._member.gone()
         except TimedOut:
             told = None
+            self._tell_manager(frames.destroy(self.id, "its channel broke"))
         return worker_died(self.name, self.slot, self.pid, _name(what), started, told)
 
     def __enter__(self) -> Self:

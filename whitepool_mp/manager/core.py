@@ -252,9 +252,9 @@ class Manager:
             self._door.send(client, frames.reply(number, ended))
             return
         self._asking.setdefault(worker, []).append((client, number))
-        # Most likely it is dying, and its exit is about to be reported. If not, it is unreachable.
-        reason = "" if is_exiting(hand.pid) else "its channel broke while it was alive"
-        self.apply(Destroy(holder.id, lease, reason))
+        if not is_exiting(hand.pid):
+            # It lives and cannot be reached. Otherwise its exit is about to be reported.
+            self.apply(Destroy(holder.id, lease, "its channel broke while it was alive"))
 
     def _on_status(self, client: Client, body: bytes) -> None:
         status = self._broker.status()
