@@ -24,7 +24,6 @@ from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
     CallTimeout,
     CheckoutTimeout,
-    LeaseError,
     ManagerDied,
     PoolClosed,
     ShutdownTimeout,
@@ -161,7 +160,7 @@ class AsyncSession:
         Raises:
             LeaseError: it is another pool's, or was given back already.
         """
-        await self._own(lease).checkin()
+        await self._member.own(lease, AsyncLease).checkin()
 
     async def destroyed(self, lease: AsyncLease) -> None:
         """Say that a lease's resource is broken: its worker is killed and replaced.
@@ -169,19 +168,9 @@ class AsyncSession:
         Raises:
             LeaseError: it is another pool's, or was given back already.
         """
-        await self._own(lease).destroy()
+        await self._member.own(lease, AsyncLease).destroy()
 
     recycle = destroyed
-
-    def _own(self, lease: AsyncLease) -> AsyncLease:
-        if not isinstance(lease, AsyncLease):
-            raise TypeError(f"an AsyncLease is needed, not {payload.shorten(lease)}")
-        if lease._member.pool_id != self._member.pool_id:
-            raise LeaseError(
-                f"lease {lease.id} is of pool {lease.name!r}, and was given to pool {self.name!r}: "
-                "give it back to its own"
-            )
-        return lease
 
     async def transaction(
         self, fn: Callable[[AsyncLease], Awaitable[T]], timeout: float | None = 5.0

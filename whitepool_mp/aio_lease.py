@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.client.answers import Reference
@@ -14,7 +14,8 @@ from whitepool_mp.client.looped import FutureSink, Looped
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.config import check_timeout
-from whitepool_mp.errors import LeaseError, SerializationError, WorkerDied
+from whitepool_mp.errors import LeaseError, WorkerDied
+from whitepool_mp.proxy import Proxy
 from whitepool_mp.wire import messages, payload
 
 
@@ -57,12 +58,8 @@ class AsyncLease:
     def get(self) -> Any:
         """A proxy of the worker's resource, whose methods are awaited; as `Lease.get`."""
         self._check()
-        if not self._member.has_factory:
-            raise LeaseError(
-                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
-                "give Pool(factory=...), or use lease.call(fn, ...)"
-            )
-        return AsyncProxy(self, 0, "resource")
+        self._member.require_factory()
+        return Proxy(self, 0, "resource")
 
     async def call(
         self, fn: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
@@ -77,13 +74,7 @@ class AsyncLease:
     async def _method(
         self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        try:
-            data, buffers = payload.dumps((target, name, args, kwargs))
-        except Exception as error:
-            raise SerializationError(
-                f"the arguments of method {name!r}, {payload.shorten(args)} "
-                f"{payload.shorten(kwargs)}, cannot be pickled: {type(error).__name__}: {error}"
-            ) from error
+        data, buffers = payload.dump_method(target, name, args, kwargs)
         return await self._send(messages.METHOD, 0, data, buffers, name, None)
 
     async def _send(
@@ -109,7 +100,7 @@ class AsyncLease:
             raise
         if isinstance(value, Reference):
             self._references = True
-            return AsyncProxy(self, *value)
+            return Proxy(self, *value)
         return value
 
     async def checkin(self) -> None:
@@ -157,34 +148,3 @@ class AsyncLease:
             source=self,
         )
         self._driver.engine.post(self._driver.engine.checkin, lease)
-
-
-class AsyncProxy:
-    """An object in a worker; awaiting its methods runs them there. As `Lease.get`'s proxy."""
-
-    __slots__ = ("_lease", "_target", "_title")
-
-    def __init__(self, lease: AsyncLease, target: int, title: str) -> None:
-        self._lease = lease
-        self._target = target
-        self._title = title
-
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(
-                f"{name} of an object in a worker cannot be used through a proxy: "
-                "use lease.call(lambda resource: ...)"
-            )
-        lease, target = self._lease, self._target
-
-        async def method(*args: Any, **kwargs: Any) -> Any:
-            return await lease._method(target, name, args, kwargs)
-
-        method.__name__ = name
-        return method
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a proxy of an object in a worker cannot leave this process")
-
-    def __repr__(self) -> str:
-        return f"<AsyncProxy of {self._title} in {self._lease!r}>"

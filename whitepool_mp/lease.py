@@ -16,7 +16,8 @@ from whitepool_mp.client.channel import Channel, ChannelBroken
 from whitepool_mp.client.link import Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
-from whitepool_mp.errors import CallTimeout, LeaseError, SerializationError, WhitepoolError
+from whitepool_mp.errors import CallTimeout, LeaseError, WhitepoolError
+from whitepool_mp.proxy import Proxy
 from whitepool_mp.wire import frames, messages, payload
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ class Lease:
             LeaseError: the lease has ended, or the pool has no factory.
         """
         self._check()
-        if not self._member.has_factory:
-            raise LeaseError(
-                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
-                "give Pool(factory=...), or use lease.call(fn, ...)"
-            )
+        self._member.require_factory()
         return Proxy(self, 0, "resource")
 
     def call(
@@ -112,13 +109,7 @@ class Lease:
         return self._exchange(messages.CALL, flags, data, buffers, deadline, seconds, fn)
 
     def _method(self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            data, buffers = payload.dumps((target, name, args, kwargs))
-        except Exception as error:
-            raise SerializationError(
-                f"the arguments of method {name!r}, {payload.shorten(args)} "
-                f"{payload.shorten(kwargs)}, cannot be pickled: {type(error).__name__}: {error}"
-            ) from error
+        data, buffers = payload.dump_method(target, name, args, kwargs)
         return self._exchange(messages.METHOD, 0, data, buffers, None, None, name)
 
     def _check(self) -> None:
@@ -310,44 +301,6 @@ class Lease:
             stacklevel=2,
             source=self,
         )
-
-
-class Proxy:
-    """An object in a worker; calling its methods runs them there.
-
-    Only method calls go through: for anything else, `lease.call(lambda resource: ...)`. Named
-    arguments and results are pickled; a result that cannot be stays there behind another proxy.
-    """
-
-    __slots__ = ("_lease", "_target", "_title")
-
-    def __init__(self, lease: Lease, target: int, title: str) -> None:
-        self._lease = lease
-        self._target = target
-        self._title = title
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(
-                f"{name} of an object in a worker cannot be used through a proxy: "
-                "use lease.call(lambda resource: ...)"
-            )
-        lease, target = self._lease, self._target
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return lease._method(target, name, args, kwargs)
-
-        method.__name__ = name
-        return method
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a proxy of an object in worker {self._lease.slot} cannot leave this process: its "
-            "lease is exclusive"
-        )
-
-    def __repr__(self) -> str:
-        return f"<Proxy of {self._title} in {self._lease!r}>"
 
 
 def _name(what: Any) -> str:

@@ -16,7 +16,6 @@ from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
     CallTimeout,
     CheckoutTimeout,
-    LeaseError,
     ManagerDied,
     PoolClosed,
     ShutdownTimeout,
@@ -174,7 +173,7 @@ class Session:
         Raises:
             LeaseError: it is another pool's, or was given back already.
         """
-        self._own(lease).checkin()
+        self._member.own(lease, Lease).checkin()
 
     def destroyed(self, lease: Lease) -> None:
         """Say that a lease's resource is broken: its worker is killed and replaced.
@@ -182,19 +181,9 @@ class Session:
         Raises:
             LeaseError: it is another pool's, or was given back already.
         """
-        self._own(lease).destroy()
+        self._member.own(lease, Lease).destroy()
 
     recycle = destroyed
-
-    def _own(self, lease: Lease) -> Lease:
-        if not isinstance(lease, Lease):
-            raise TypeError(f"a Lease is needed, not {payload.shorten(lease)}")
-        if lease._member.pool_id != self._member.pool_id:
-            raise LeaseError(
-                f"lease {lease.id} is of pool {lease.name!r}, and was given to pool {self.name!r}: "
-                "give it back to its own"
-            )
-        return lease
 
     def transaction(self, fn: Callable[[Lease], T], timeout: float | None = 5.0) -> T:
         """Check out, run `fn(lease)` here in the caller, check in.

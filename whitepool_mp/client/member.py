@@ -18,7 +18,7 @@ import os
 import threading
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.link import Link, LinkBroken, dial
@@ -34,11 +34,22 @@ from whitepool_mp.errors import (
     WorkerDied,
     headline,
 )
-from whitepool_mp.wire import frames
+from whitepool_mp.wire import frames, payload
 
 if TYPE_CHECKING:
     from whitepool_mp.client.owner import Owner
     from whitepool_mp.client.threaded import Threaded
+
+
+class Leased(Protocol):
+    """A lease of either form."""
+
+    id: int
+    name: str
+    _member: Member
+
+
+L = TypeVar("L", bound=Leased)
 
 Ticket = tuple[str, str, str, bytes, bool, int]
 """What makes a session in another process: pool id, name, path, key, has a factory, capacity."""
@@ -162,6 +173,35 @@ class Member:
         except LinkBroken:
             return False
         return True
+
+    # --- leases ---------------------------------------------------------------------------
+
+    def own(self, lease: L, kind: type[L]) -> L:
+        """A lease that somebody gives back to this pool, if it is one and is this pool's.
+
+        Raises:
+            TypeError, LeaseError: it is not.
+        """
+        if not isinstance(lease, kind):
+            raise TypeError(f"a {kind.__name__} is needed, not {payload.shorten(lease)}")
+        if lease._member.pool_id != self.pool_id:
+            raise LeaseError(
+                f"lease {lease.id} is of pool {lease.name!r}, and was given to pool {self.name!r}: "
+                "give it back to its own"
+            )
+        return lease
+
+    def require_factory(self) -> None:
+        """Check that workers have a resource.
+
+        Raises:
+            LeaseError: they have none.
+        """
+        if not self.has_factory:
+            raise LeaseError(
+                f"pool {self.name!r} has no factory, so its workers have no resource to get(): "
+                "give Pool(factory=...), or use lease.call(fn, ...)"
+            )
 
     # --- channels -------------------------------------------------------------------------
 

@@ -117,6 +117,21 @@ def dump_arguments(
         raise _culprit(function, args, kwargs, error) from error
 
 
+def dump_method(target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Dumped:
+    """Pickle a method call on an object that is in the worker.
+
+    Raises:
+        SerializationError: an argument cannot be pickled.
+    """
+    try:
+        return dumps((target, name, args, kwargs))
+    except Exception as error:
+        raise SerializationError(
+            f"the arguments of method {name!r}, {shorten(args)} {shorten(kwargs)}, cannot be "
+            f"pickled: {type(error).__name__}: {error}"
+        ) from error
+
+
 def dump_function(function: Callable[..., Any], what: str = "function") -> bytes:
     """Pickle a function (or a factory, a teardown: `what` is the word for the error).
 
@@ -249,6 +264,7 @@ __all__ = [
     "dump_call",
     "dump_failure",
     "dump_function",
+    "dump_method",
     "dumps",
     "failure_traceback",
     "load_failure",
