@@ -28,7 +28,10 @@ def workers(session: Session, count: int) -> list[psutil.Process]:
         if len(rows) != count or any(row.state not in ("idle", "leased") for row in rows):
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [psutil.Process(row.pid) for row in sorted(rows, key=lambda row: row.slot)]
+            found = [psutil.Process(row.pid) for row in sorted(rows, key=lambda row: row.slot)]
+            # The manager may be about to learn that one of them has just died.
+            if all(process.status() != psutil.STATUS_ZOMBIE for process in found):
+                return found
         return []
 
     found = until(settled)
