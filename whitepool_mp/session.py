@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from whitepool_mp.client.link import Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, Ticket, refusal
+from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
     CallTimeout,
@@ -241,7 +243,7 @@ class Session:
         data, buffers = payload.dump_call(fn, args, kwargs)
         deadline = None if seconds is None else time.monotonic() + seconds
         site = caller_site()
-        while True:
+        for deaths in itertools.count(1):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             with self._checkout(left, True, site) as lease:
                 try:
@@ -250,8 +252,9 @@ class Session:
                     )
                     return value
                 except WorkerDied as death:
-                    if death.started:
+                    if death.started or deaths >= MAX_DEATHS:
                         raise
+        raise AssertionError("it counts for ever")
 
     def _flags(self, with_resource: bool) -> int:
         if not with_resource:

@@ -17,7 +17,13 @@ import pytest
 from whitepool_mp.broker import Drain, Terminate
 from whitepool_mp.client.link import Handshake
 from whitepool_mp.config import Policy
-from whitepool_mp.manager.clients import HANDSHAKE_SECONDS, MAX_SILENT, MAX_UNREAD, Door
+from whitepool_mp.manager.clients import (
+    HANDSHAKE_SECONDS,
+    MAX_SILENT,
+    MAX_UNREAD,
+    MOMENT_SECONDS,
+    Door,
+)
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
@@ -643,6 +649,8 @@ def test_the_oldest_of_too_many_silent_connections_goes(make: Callable[..., Benc
     bench = make().start()
     silent = [bench.connect() for _ in range(MAX_SILENT + 3)]
     bench.settle()
+    assert not any(guest.hung_up() for guest in silent), "they have had no time to answer"
+    bench.pass_time(MOMENT_SECONDS + 0.1)
     assert [guest.hung_up() for guest in silent] == [True] * 3 + [False] * MAX_SILENT
     assert bench.join().ask(frames.STATUS)["counters"]["connections_without_proof"] == 4
 

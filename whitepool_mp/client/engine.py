@@ -15,6 +15,7 @@ another worker; a cancelled or late call has its worker killed.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -30,7 +31,7 @@ from typing import Any
 from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
 from whitepool_mp.client.link import Handshake, dial, take_pair
 from whitepool_mp.client.member import Member, refusal, worker_died
-from whitepool_mp.client.tasks import Task
+from whitepool_mp.client.tasks import MAX_DEATHS, Task
 from whitepool_mp.errors import (
     CallTimeout,
     PoolClosed,
@@ -42,8 +43,6 @@ from whitepool_mp.wire import descriptors, frames
 
 MAX_TICKETS = 256
 """How many checkouts the queued jobs of an engine ask for at once."""
-MAX_DEATHS = 3
-"""How many workers may die before they began a call, until the call is given up."""
 
 Done = Callable[[Any], None]
 """Called once with the result, or with an exception object."""
@@ -283,7 +282,8 @@ class Engine:
                     self._break(error)
                     return
                 if answer is not None:
-                    self._sock.send(answer)
+                    with contextlib.suppress(OSError):  # it is gone: reading finds out
+                        self._sock.send(answer)
                 if self._handshake.done:
                     self._handshake = None
                 continue
@@ -504,6 +504,7 @@ class Engine:
         lease.ended = LOST
         if task is None:
             self._drop(lease)
+            self._say(frames.destroy(lease.id, "its channel broke"))
             return
         self.running -= 1
         began = channel is not None and channel.began(lease.id, lease.number)
@@ -511,6 +512,8 @@ class Engine:
         if not began:
             task.deaths += 1
             if task.deaths < MAX_DEATHS and not lease.kept:
+                # If it is dead the manager knows nothing of this lease any more.
+                self._say(frames.destroy(lease.id, "its channel broke"))
                 self._requeue(task)
                 return
         index = task.first + task.at

@@ -32,6 +32,9 @@ class TimedOut(Exception):
     """The answer did not come in time. Internal."""
 
 
+_dialled: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
 def dial(path: str, deadline: float | None = None) -> socket.socket:
     """A connected, not yet proven, socket.
 
@@ -45,6 +48,7 @@ def dial(path: str, deadline: float | None = None) -> socket.socket:
         LinkBroken: nobody listens there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    _dialled.add(sock)
     try:
         if deadline is not None:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -155,7 +159,7 @@ class Link:
             while not handshake.done:
                 answer = handshake.hear(self._receive(deadline))
                 if answer is not None:
-                    self._sock.sendall(answer)
+                    self.send(answer)
         except BaseException:
             self.close()
             raise
@@ -265,3 +269,12 @@ class Link:
                 self.broken = True
                 raise
         return inbox.popleft()
+
+
+def _after_fork_in_child() -> None:
+    """Close the child's copies, also of connections that another thread was just making."""
+    for sock in list(_dialled):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

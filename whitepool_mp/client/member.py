@@ -137,7 +137,8 @@ class Member:
         if not self.closed and self._answers():
             return ProtocolError(
                 f"the manager of {title} closed this connection and serves on: this process sent "
-                "what it could not read, or left its answers unread; try again"
+                "what it could not read, left its answers unread, or the manager has no "
+                "descriptor left; try again"
             )
         if not self.closed and os.path.exists(self.path):
             return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")

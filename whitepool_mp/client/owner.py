@@ -164,7 +164,8 @@ class Owner:
     def _signal(self, number: int) -> None:
         with self._lock:
             if not self._reaped:
-                signal.pidfd_send_signal(self._pidfd, number)
+                with contextlib.suppress(ProcessLookupError):  # other code of ours reaped it
+                    signal.pidfd_send_signal(self._pidfd, number)
 
     def forked(self) -> None:
         """In a forked child: this is not ours."""

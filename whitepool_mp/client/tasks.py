@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import Message
 
+MAX_DEATHS = 3
+"""How many workers may die before they began a call, until the call is given up."""
+
 
 class Sink(Protocol):
     """Who hears how the calls of a task end; each index is heard of exactly once.

@@ -40,7 +40,7 @@ def describe(
         "site": site if holder else None,
     }
     if hand.pid is not None:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             if hand.process is None:
                 hand.process = psutil.Process(hand.pid)
             process = hand.process

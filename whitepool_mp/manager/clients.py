@@ -9,6 +9,7 @@ nothing; with no descriptors left, connections are refused instead of spinning o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -25,6 +26,8 @@ HANDSHAKE_SECONDS = 10.0
 """How long a new connection may take to prove itself."""
 MAX_SILENT = 256
 """How many connections may be unproven at once; the oldest goes when another comes."""
+MOMENT_SECONDS = 1.0
+"""How long an unproven connection is left alone, however many more come."""
 MAX_UNREAD = 4 << 20
 """How many bytes of answers a client may leave unread."""
 
@@ -105,12 +108,13 @@ class Door:
         }
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         listener.setblocking(False)
-        loop.add(listener.fileno(), lambda _: self._accept())
+        self._listening = False
+        self._listen_again()
 
     def next_deadline(self) -> float | None:
-        """When the oldest unproven connection has to be closed."""
+        """When the oldest unproven connection has to be closed, or may be for another."""
         for client in self._silent.values():
-            return client.since + HANDSHAKE_SECONDS
+            return client.since + (HANDSHAKE_SECONDS if self._listening else MOMENT_SECONDS)
         return None
 
     def tick(self, now: float) -> None:
@@ -118,9 +122,11 @@ class Door:
         while self._silent:
             client = next(iter(self._silent.values()))
             if now < client.since + HANDSHAKE_SECONDS:
-                return
+                break
             self.counters["connections_without_proof"] += 1
             self.drop(client)
+        if not self._listening and not self._crowded():
+            self._listen_again()
 
     def send(self, client: Client, data: bytes, passed: tuple[Any, ...] = ()) -> None:
         """Send a frame, now or when the client reads again.
@@ -144,7 +150,11 @@ class Door:
             return
         if passed:
             # The originals are the caller's to close: keep copies until they are sent.
-            passed = tuple(_Copy(item) for item in passed)
+            try:
+                passed = tuple(_Copy(item) for item in passed)
+            except OSError:  # no descriptors left here: it may come back
+                self.drop(client)
+                return
         client.unsent.append((data, passed))
         client.unsent_bytes += len(data)
 
@@ -205,21 +215,26 @@ class Door:
                 client.sock.close()
         self.clients.clear()
         self._silent.clear()
-        os.close(self._spare)
+        if self._spare >= 0:
+            os.close(self._spare)
 
     # --- from the sockets -----------------------------------------------------------------
 
     def _accept(self) -> None:
         while True:
+            if self._crowded():
+                # They have had no time to answer: let the others wait in the queue.
+                self._loop.remove(self._listener.fileno())
+                self._listening = False
+                return
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    return  # that one is gone already
-                self._refuse_one()
-                continue
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._refuse_one():
+                    continue
+                return
             sock.setblocking(False)
             self._numbers += 1
             self.counters["connections"] += 1
@@ -231,16 +246,36 @@ class Door:
             self._loop.add(sock.fileno(), functools.partial(self._ready, client))
             self.send(client, frames.challenge(client.nonce))
 
-    def _refuse_one(self) -> None:
-        """No descriptor is left: use the spare one to take the connection and close it."""
-        self.counters["connections_refused"] += 1
-        os.close(self._spare)
+    def _crowded(self) -> bool:
+        """Whether there is no room for one more unproven connection: all have just come."""
+        if len(self._silent) < MAX_SILENT:
+            return False
+        oldest = next(iter(self._silent.values()))
+        return self._clock() < oldest.since + MOMENT_SECONDS
+
+    def _listen_again(self) -> None:
+        if not self._listening and self._listener.fileno() >= 0:
+            self._listening = True
+            self._loop.add(self._listener.fileno(), lambda _: self._accept())
+
+    def _refuse_one(self) -> bool:
+        """No descriptor is left: use the spare one to take a connection and close it.
+
+        Returns:
+            Whether there was one. (The kernel says that there is no descriptor before it looks.)
+        """
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
         try:
             self._listener.accept()[0].close()
         except OSError:
-            pass  # it went away by itself
+            return False
         finally:
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # somebody else took its place: then without
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.counters["connections_refused"] += 1
+        return True
 
     def _ready(self, client: Client, events: int) -> None:
         if events & WRITE:
@@ -285,6 +320,7 @@ class Door:
         client.decoder.limit = 64 * 1024
         del self._silent[client.id]
         self.clients[client.id] = client
+        self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
         self.send(client, frames.welcome(proof))
 

@@ -38,6 +38,7 @@ from whitepool_mp.broker import (
     WorkerExited,
     WorkerFailed,
     WorkerReady,
+    WorkerState,
 )
 from whitepool_mp.config import MAX_WORKERS, Policy
 from whitepool_mp.errors import ProtocolError, headline
@@ -311,13 +312,23 @@ class Manager:
 
     def worker_ready(self, worker: int) -> None:
         """A factory returned."""
-        if self._broker.worker(worker) is not None:
+        if self._starting(worker):
             self.apply(WorkerReady(worker))
 
     def worker_failed(self, worker: int, reason: str) -> None:
         """A factory raised; `reason` is the traceback."""
-        if self._broker.worker(worker) is not None:
+        if self._starting(worker):
             self.apply(WorkerFailed(worker, reason))
+
+    def _starting(self, worker: int) -> bool:
+        """Whether a worker may say how its start went; one that did so before is killed."""
+        record = self._broker.worker(worker)
+        if record is None:
+            return False
+        if record.state in (WorkerState.BOOTING, WorkerState.KILLED):
+            return True
+        self._crew.kill(worker, "it said twice how its start went (did its factory fork?)")
+        return False
 
     def worker_exited(self, worker: int, obituary: Obituary) -> None:
         """A worker's process is gone."""

@@ -110,6 +110,8 @@ class Crew:
         self._unborn: dict[int, Hand] = {}
         self._orders: deque[tuple[bytes, list[socket.socket], list[int]]] = deque()
         self._sweep_due = False
+        # Open from the start: there may be no descriptor to spare when it is wanted.
+        self._children_fd = _open_children()
 
     # --- what the manager asks ------------------------------------------------------------
 
@@ -271,13 +273,14 @@ class Crew:
         Returns:
             How many there were.
         """
-        children = _children()
+        children = _children(self._children_fd)
         self._read_nursery()  # a worker may have been born while we looked
         strays = [pid for pid in children if pid not in self._by_pid and pid != self._nursery_pid]
         for pid in strays:
             # Only this process reaps its children, so the number is still that child's.
             patient = not last and _of_another_pool(pid, self._boot.pool_id)
-            os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
+            with contextlib.suppress(PermissionError):  # it became another user's, by sudo or su
+                os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
         return len(strays)
 
     # --- the nursery ----------------------------------------------------------------------
@@ -420,19 +423,28 @@ class Crew:
         self._sweep(last=True)
 
 
-def _children() -> list[int]:
+def _open_children() -> int | None:
+    """The kernel's list of this process's children, if it keeps one."""
+    own = os.getpid()
+    try:
+        return os.open(f"/proc/{own}/task/{own}/children", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def _children(listed: int | None) -> list[int]:
     """The pids of this process's children, zombies included.
 
     Source: proc(5), /proc/pid/task/tid/children; psutil where the kernel does not have it.
     """
-    own = os.getpid()
-    try:
-        with open(f"/proc/{own}/task/{own}/children", "rb") as file:
-            return [int(pid) for pid in file.read().split()]
-    except FileNotFoundError:
+    if listed is None:
         import psutil
 
-        return [child.pid for child in psutil.Process(own).children()]
+        return [child.pid for child in psutil.Process().children()]
+    text = b""
+    while piece := os.pread(listed, 1 << 16, len(text)):
+        text += piece
+    return [int(pid) for pid in text.split()]
 
 
 def _of_another_pool(pid: int, pool_id: str) -> bool:

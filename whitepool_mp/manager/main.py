@@ -36,6 +36,8 @@ def main(boot_fd: int, listener_fd: int) -> NoReturn:
         boot_fd: the memory file that says what pool this is.
         listener_fd: the listening socket, bound by the owner.
     """
+    # Whatever the thread that made the pool had blocked: deaths are told by signals here.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     boot = boots.read(boot_fd)
     os.close(boot_fd)
     code = 1
@@ -93,7 +95,10 @@ def _manage(boot: Boot, listener: socket.socket, owner: int) -> None:
     while not manager.finished:
         manager.turn()
         if not warm and loop.turn(0) == 0:
-            import psutil  # noqa: F401  (wanted at the first death: have it ready by then)
+            # What is wanted later: have it ready when there may be no descriptor to import it with.
+            import json  # noqa: F401
+
+            import whitepool_mp.manager.census  # noqa: F401
 
             warm = True
     left = crew.end_nursery()

@@ -65,6 +65,8 @@ def is_exiting(pid: int | None) -> bool:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
+    except OSError:  # no descriptor to look with
+        return False
     return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)

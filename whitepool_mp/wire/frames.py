@@ -286,7 +286,8 @@ def read_grant(body: bytes) -> Grant:
 
 def refused(request: int, why: str, detail: str) -> bytes:
     """Answer to CHECKOUT or CANCEL: no."""
-    return frame(_REFUSED.pack(REFUSED, request, REFUSALS.index(why)) + _clip(detail))
+    # Hundreds may be refused at once, each with the same traceback.
+    return frame(_REFUSED.pack(REFUSED, request, REFUSALS.index(why)) + _clip(detail, 8_000))
 
 
 def read_refused(body: bytes) -> Refused:

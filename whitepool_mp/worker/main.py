@@ -85,13 +85,18 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
     control.setblocking(True)
     page = mmap.mmap(page_fd, messages.PAGE_SIZE)
     resource = None
+    own = os.getpid()
     if boot.factory is not None:
         try:
             resource = payload.loads(boot.factory)()
         except BaseException as error:
+            if os.getpid() != own:
+                raise
             text = "".join(traceback.format_exception(type(error), error, _beyond(error)))
             control.sendall(frames.plain(frames.FAILED, text))
             return 1
+    if os.getpid() != own:  # the factory forked, and its child came back as well
+        return 0
     teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
     control.sendall(frames.plain(frames.READY))
     server = Server(control, page, resource, boot.factory is not None)
