@@ -57,7 +57,9 @@ def test_a_manager_out_of_descriptors_survives_the_death_of_a_worker(start_metho
 def test_a_manager_out_of_descriptors_takes_connections_again_later():
     with Pool(pool_size=1) as session:
         testing.wait_until_whole(session)
-        limit_manager(session, 3)
+        session.status()
+        used = max(int(name) for name in os.listdir(f"/proc/{manager_of(session)}/fd"))
+        limit_manager(session, used + 1)
         refused = []
 
         def ask():

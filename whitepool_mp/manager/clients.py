@@ -109,10 +109,13 @@ class Door:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         listener.setblocking(False)
         self._listening = False
+        self._starved: float | None = None  # since when there is no descriptor at all
         self._listen_again()
 
     def next_deadline(self) -> float | None:
         """When the oldest unproven connection has to be closed, or may be for another."""
+        if self._starved is not None:
+            return self._starved + MOMENT_SECONDS
         for client in self._silent.values():
             return client.since + (HANDSHAKE_SECONDS if self._listening else MOMENT_SECONDS)
         return None
@@ -125,7 +128,10 @@ class Door:
                 break
             self.counters["connections_without_proof"] += 1
             self.drop(client)
-        if not self._listening and not self._crowded():
+        if self._starved is not None and now >= self._starved + MOMENT_SECONDS:
+            self._take_spare()
+            self._starved = now if self._spare < 0 else None
+        if not self._listening and self._starved is None and not self._crowded():
             self._listen_again()
 
     def send(self, client: Client, data: bytes, passed: tuple[Any, ...] = ()) -> None:
@@ -224,16 +230,19 @@ class Door:
         while True:
             if self._crowded():
                 # They have had no time to answer: let the others wait in the queue.
-                self._loop.remove(self._listener.fileno())
-                self._listening = False
+                self._stop_listening()
                 return
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self._refuse_one():
-                    continue
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    if self._refuse_one():
+                        continue
+                    if self._spare < 0:
+                        self._stop_listening()  # not even to refuse: look again in a moment
+                        self._starved = self._clock()
                 return
             sock.setblocking(False)
             self._numbers += 1
@@ -253,8 +262,16 @@ class Door:
         oldest = next(iter(self._silent.values()))
         return self._clock() < oldest.since + MOMENT_SECONDS
 
+    def _stop_listening(self) -> None:
+        self._loop.remove(self._listener.fileno())
+        self._listening = False
+
+    def _take_spare(self) -> None:
+        with contextlib.suppress(OSError):  # somebody else took its place: then without
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
     def _listen_again(self) -> None:
-        if not self._listening and self._listener.fileno() >= 0:
+        if not self._listening and self._starved is None and self._listener.fileno() >= 0:
             self._listening = True
             self._loop.add(self._listener.fileno(), lambda _: self._accept())
 
@@ -272,8 +289,7 @@ class Door:
         except OSError:
             return False
         finally:
-            with contextlib.suppress(OSError):  # somebody else took its place: then without
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._take_spare()
         self.counters["connections_refused"] += 1
         return True
 
