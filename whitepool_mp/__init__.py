@@ -5,8 +5,8 @@
     with Pool(pool_size=4) as session:
         print(session.run(pow, 2, 100))
 
-A crash costs one worker and the one call that was running; the pool is whole again milliseconds
-later. Names are imported when they are first used, so `import whitepool_mp` costs next to nothing.
+A crash costs one worker and the one call that was running; the worker is replaced at once. Names
+are imported when they are first used, so `import whitepool_mp` costs next to nothing.
 """
 
 from __future__ import annotations

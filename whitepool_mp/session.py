@@ -234,7 +234,7 @@ class Session:
             Exception: what `fn` raised, in its own type, with the remote traceback as its cause.
             CallTimeout: it took too long; its worker was killed and replaced.
             WorkerDied: its worker died when it had begun. (A call that had not begun is given to
-                another worker.)
+                another worker, to three in all.)
             SerializationError: something cannot be pickled or unpickled.
             CheckoutTimeout, FactoryFailed, PoolClosed, ManagerDied: as for `checkout`.
         """
