@@ -348,7 +348,7 @@ async def test_a_call_that_is_cancelled_in_the_queue_never_runs(tmp_path: Path) 
     async with Pool(1) as session:
         async with session.checkout():
             tasks = [asyncio.create_task(session.run(errands.trace, path, n)) for n in range(4)]
-            await waiting(session, 4)
+            await waiting(session, 1)  # one asks for all of them
             await called_off(tasks[1])
             await called_off(tasks[2])
         assert [await tasks[0], await tasks[3]] == [0, 3]
@@ -456,7 +456,7 @@ async def test_waiting_takes_no_thread(tmp_path: Path) -> None:
         queued = [asyncio.create_task(session.run(errands.square, n)) for n in range(20)]
         waiters = [asyncio.create_task(session._checkout(None, True, "here")) for _ in range(20)]
         mapping = asyncio.create_task(collect(session.map(errands.square, range(5))))
-        await waiting(session, 20 + 20 + 2)
+        await waiting(session, 20 + 1)  # one asks for all jobs
         assert set(threading.enumerate()) == before
         await called_off(running)
         for waiter in waiters:

@@ -15,8 +15,9 @@ PUBLIC = {"aio", "aio_lease", "executor", "jobs", "lease", "pool", "proxy", "ses
 # What is not listed (backends, integrations, cli, testing, ...) stands above all of these.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
-    "broker": {"broker", "config"},
+    "policy": set(),
+    "config": {"errors", "policy"},
+    "broker": {"broker", "config", "policy"},
     "wire": {"wire", "errors"},
     "worker": {"worker", "wire", "errors"},
     "client": {"client", "wire", "config", "errors"},
@@ -25,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
         "broker",
         "wire",
         "config",
+        "policy",
         "errors",
         # The manager starts these two: the processes that workers come from, and what the kernel
         # promises both.

@@ -199,8 +199,9 @@ class AsyncSession:
         name = payload.qualified_name(fn)
         driver = self._driver()
         future: asyncio.Future[T] = driver.loop.create_future()
-        task = Task(name, FutureSink(future, name, self.name), flags, None, data, buffers)
-        driver.engine.submit(task, caller_site())
+        sink = FutureSink(future, name, self.name)
+        task = Task(name, sink, flags, None, data, buffers, site=caller_site())
+        driver.engine.submit(task)
         driver.settle()
         return await self._await_task(driver, task, future, seconds)
 
@@ -254,8 +255,8 @@ class AsyncSession:
         session = Session(self._member)
         job: MapJob = session._map_job(fn, iterables, timeout, chunksize, with_resource)
         driver = self._driver()
-        site = caller_site()
-        job._send = lambda task: driver.engine.submit(task, site)
+        job._send = driver.engine.submit
+        job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         came = asyncio.Event()
         job.notify = came.set

@@ -1,8 +1,8 @@
 """Every option of a pool and all of its validation.
 
 `PoolConfig` is what a user asked for, checked and filled in; `Policy` is the part of it that the
-pure broker needs. A value of either type is valid: both are frozen, and `PoolConfig` cannot be
-constructed from wrong options. An option that is wrong fails where the user wrote it, before any
+pure broker needs. A `PoolConfig` is valid: it is frozen, and cannot be constructed from wrong
+options. An option that is wrong fails where the user wrote it, before any
 process exists, with a message that names the option, what was given and what is allowed.
 
 This module does no I/O and imports nothing heavy: loky is imported only to count the CPUs.
@@ -10,7 +10,6 @@ This module does no I/O and imports nothing heavy: loky is imported only to coun
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import math
@@ -19,13 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-__all__ = ["Policy", "PoolConfig", "StartMethod", "Strategy", "check_timeout", "worker_env"]
+from whitepool_mp.policy import MAX_WORKERS, Policy, Strategy
 
-Strategy = Literal["lifo", "fifo"]
+__all__ = [
+    "MAX_WORKERS",
+    "Policy",
+    "PoolConfig",
+    "StartMethod",
+    "Strategy",
+    "check_timeout",
+    "worker_env",
+]
+
 StartMethod = Literal["forkserver", "loky"]
-
-MAX_WORKERS = 10_000
-"""Upper bound of ``pool_size + max_overflow``: beyond it a typing error is likelier than a wish."""
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -41,23 +46,6 @@ THREAD_VARIABLES = (
 _MAX_NAME = 64
 _SHOWN = 80
 _pool_numbers = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the broker has to know of a pool; times are in seconds.
-
-    A plain value: `PoolConfig.policy` makes it from checked options, a test may write it by hand.
-    """
-
-    pool_size: int
-    max_overflow: int
-    strategy: Strategy = "lifo"
-    overflow_ttl: float = 5.0
-    start_timeout: float = 60.0
-    stop_timeout: float = 5.0
-    backoff_first: float = 0.05
-    backoff_max: float = 10.0
 
 
 def usable_cpus() -> int:
@@ -235,6 +223,8 @@ def _value_error(name: str, value: object, allowed: str) -> ValueError:
 
 
 def _unknown_option(name: object, value: object, allowed: Sequence[str]) -> TypeError:
+    import difflib
+
     near = difflib.get_close_matches(str(name), allowed)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return TypeError(

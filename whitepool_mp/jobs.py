@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,20 +30,53 @@ ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
 
 
+_making = threading.Lock()
+"""Held for the moment in which a future's condition is made, or found not to be there."""
+
+
 class JobFuture(Future[Any]):
     """A `concurrent.futures.Future` whose `cancel` also ends a job that is running.
 
     Cancelling a running job kills its worker, which is replaced; the future ends cancelled. Only a
     job that has ended cannot be cancelled.
+
+    Its condition, half of what a future costs, is made when somebody first needs it: nobody does if
+    the job has ended before its result is asked for.
     """
 
-    def __init__(self, member: Member, name: str) -> None:
-        super().__init__()
+    def __init__(self, member: Member, name: str, threaded: Threaded) -> None:
+        # All that the base class sets, but for the condition (a property here).
+        self._condition_made: threading.Condition | None = None
+        self._state = "PENDING"
+        self._result = None
+        self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._pool_member: Member | None = member  # a job under way keeps its pool alive
         self._name = name
         self._pool_name = member.name
+        self._threaded = threaded
         self._task: Task | None = None
-        self._threaded: Threaded | None = None
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        made = self._condition_made
+        if made is None:
+            with _making:
+                made = self._condition_made
+                if made is None:
+                    made = self._condition_made = threading.Condition()
+        return made
+
+    def done(self) -> bool:
+        """Whether the job has ended or was cancelled."""
+        return self._state in ("FINISHED", "CANCELLED", "CANCELLED_AND_NOTIFIED")
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the call returned, when it has; as `concurrent.futures.Future.result`."""
+        if self._state == "FINISHED" and self._exception is None:
+            return self._result
+        return super().result(timeout)
 
     def cancel(self) -> bool:
         """Cancel the job, running or not.
@@ -59,7 +94,7 @@ class JobFuture(Future[Any]):
             # Tells wait() and as_completed() as well.
             self.set_running_or_notify_cancel()
         task = self._let_go()
-        if task is not None and self._threaded is not None:
+        if task is not None:
             self._threaded.cancel(task)
         self._invoke_callbacks()  # type: ignore[attr-defined]
         return True
@@ -67,9 +102,13 @@ class JobFuture(Future[Any]):
     # Sink
 
     def began(self, task: Task) -> bool:
+        with _making:
+            if self._condition_made is None:  # so nobody can cancel it just now
+                self._state = "RUNNING"
+                return True
         with self._condition:
             if self._state == "PENDING":
-                self.set_running_or_notify_cancel()
+                self._state = "RUNNING"
             return self._state == "RUNNING"
 
     def answered(self, task: Task, index: int, message: Message) -> None:
@@ -85,7 +124,13 @@ class JobFuture(Future[Any]):
         return task
 
     def _settle(self, returned: bool, value: Any) -> None:
-        self._let_go()
+        self._task = self._pool_member = None
+        if returned:
+            with _making:
+                if self._condition_made is None:  # so nobody waits, listens or has cancelled it
+                    self._result = value
+                    self._state = "FINISHED"
+                    return
         try:
             if returned:
                 self.set_result(value)
@@ -135,6 +180,7 @@ class MapJob:
         self._timeout = timeout
         self._chunksize = chunksize
         self._send = send
+        self.site = ""
         self.exhausted = False
         self.read = 0
         self.ended = 0
@@ -204,7 +250,16 @@ class MapJob:
                 flags = self._flags | messages.SPLIT
                 index = self.read - 1
                 self._send(
-                    Task(self.name, self, flags, self._timeout, single, buffers, first=index)
+                    Task(
+                        self.name,
+                        self,
+                        flags,
+                        self._timeout,
+                        single,
+                        buffers,
+                        first=index,
+                        site=self.site,
+                    )
                 )
                 items, first = [], self.read
                 return
@@ -219,7 +274,14 @@ class MapJob:
 
     def _task(self, items: list[bytes], first: int) -> Task:
         return Task(
-            self.name, self, self._flags, self._timeout, self._function, items=items, first=first
+            self.name,
+            self,
+            self._flags,
+            self._timeout,
+            self._function,
+            items=items,
+            first=first,
+            site=self.site,
         )
 
     # Sink
@@ -364,3 +426,11 @@ def known_length(iterables: tuple[Iterable[Any], ...]) -> int | None:
         except TypeError:
             return None
     return min(lengths, default=0)
+
+
+def _after_fork_in_child() -> None:
+    global _making
+    _making = threading.Lock()  # its holder may have stayed in the parent
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

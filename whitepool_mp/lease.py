@@ -11,19 +11,18 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from whitepool_mp.client.answers import Reference, open_answer
-from whitepool_mp.client.channel import Channel, ChannelBroken
-from whitepool_mp.client.link import Link, LinkBroken, TimedOut
+from whitepool_mp.client.answers import open_answer
+from whitepool_mp.client.channel import ChannelBroken
+from whitepool_mp.client.hold import Hold
+from whitepool_mp.client.link import LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, LeaseError, WhitepoolError
 from whitepool_mp.proxy import Proxy
-from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire import messages, payload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_WHY_SECONDS = 10.0
 
 
 class Lease:
@@ -39,31 +38,25 @@ class Lease:
         name: the pool's name.
     """
 
-    def __init__(self, member: Member, link: Link, grant: frames.Grant) -> None:
-        self.id = grant.lease
-        self.pid = grant.pid
-        self.slot = grant.slot
+    def __init__(self, member: Member, hold: Hold) -> None:
+        self.id = hold.id
+        self.pid = hold.pid
+        self.slot = hold.slot
         self.name = member.name
-        self._worker = grant.worker
         self._member = member
-        self._link = link
-        self._channel: Channel | None = None
-        self._number = 0
-        self._ended: str | None = None
+        self._hold = hold
         self._busy = threading.Lock()
-        self._process = os.getpid()
         self._references = False
-        link.leases[self.id] = weakref.ref(self)
-        self._told = False  # whether the manager knows that it has ended
+        hold.link.leases[self.id] = weakref.ref(self)
 
     def __repr__(self) -> str:
-        state = "valid" if self.valid else self._ended or "of another process"
+        state = "valid" if self.valid else self._hold.ended or "of another process"
         return f"<Lease {self.id} of {self.name!r} slot={self.slot} pid={self.pid} {state}>"
 
     @property
     def valid(self) -> bool:
         """Whether it may be used: not given back, its worker not known to be dead, not forked."""
-        return self._ended is None and self._process == os.getpid()
+        return self._hold.ended is None and self._hold.process == os.getpid()
 
     # --- using it -------------------------------------------------------------------------
 
@@ -103,9 +96,9 @@ class Lease:
             LeaseError: the lease has ended, or another thread's call is running on it.
         """
         seconds = check_timeout("timeout", timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
         data, buffers = payload.dump_call(fn, args, kwargs)
         flags = messages.WITH_RESOURCE if self._member.has_factory else 0
-        deadline = None if seconds is None else time.monotonic() + seconds
         return self._exchange(messages.CALL, flags, data, buffers, deadline, seconds, fn)
 
     def _method(self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,14 +106,15 @@ class Lease:
         return self._exchange(messages.METHOD, 0, data, buffers, None, None, name)
 
     def _check(self) -> None:
-        if self._process != os.getpid():
+        hold = self._hold
+        if hold.process != os.getpid():
             raise LeaseError(
-                f"lease {self.id} of pool {self.name!r} belongs to process {self._process}, from "
+                f"lease {self.id} of pool {self.name!r} belongs to process {hold.process}, from "
                 "which this one was forked: check out a worker of your own"
             )
-        if self._ended is not None:
+        if hold.ended is not None:
             raise LeaseError(
-                f"lease {self.id} of pool {self.name!r} was used after it was {self._ended}: its "
+                f"lease {self.id} of pool {self.name!r} was used after it was {hold.ended}: its "
                 "worker may serve somebody else by now; check out another"
             )
 
@@ -141,30 +135,20 @@ class Lease:
             )
         try:
             self._check()
-            self._number = number = self._number + 1
+            hold, member = self._hold, self._member
             try:
-                channel = self._channel
-                if channel is None:
-                    channel = self._channel = self._member.channel(self._worker, self.id, deadline)
-                pieces = messages.pack(kind, flags, number, self.id, data, buffers)
-                message = channel.exchange(pieces, deadline)
-                while message.number != number:
-                    raise ChannelBroken
-            except TimedOut:
-                self._abandon("ended by a timeout", f"a call took longer than {seconds:g} s")
-                raise CallTimeout(
-                    f"{_name(what)} took longer than {seconds:g} s in worker {self.slot} of pool "
-                    f"{self.name!r} (pid {self.pid}); the worker was killed and is being replaced"
-                ) from None
-            except (ChannelBroken, LinkBroken, LeaseError):
-                raise self._died(number, what) from None
+                message = hold.exchange(member, kind, flags, data, buffers, deadline)
+            except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
+                self._forget()
+                raise broken_off(member, hold, error, what, seconds) from None
             except BaseException:
-                self._abandon("ended by an interrupt", "its call was interrupted")
+                self._forget()
+                hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
-            returned, value = open_answer(message, _name(what), self.id, self.name)
+            returned, value = open_answer(message, what, self.id, self.name)
             if not returned:
                 raise value
-            if isinstance(value, Reference):
+            if message.kind == messages.RESULT and message.flags:
                 self._references = True
                 return Proxy(self, *value)
             return value
@@ -201,7 +185,8 @@ class Lease:
             self._interrupt("its holder had it destroyed")
             return
         try:
-            self._abandon("destroyed", "its holder had it destroyed")
+            self._forget()
+            self._hold.abandon("destroyed", "its holder had it destroyed")
         finally:
             self._busy.release()
 
@@ -216,64 +201,18 @@ class Lease:
         return True
 
     def _release(self, how: str) -> None:
-        self._end(how)
-        channel = self._channel
-        if channel is not None:
-            if self._references:
-                channel.tell(messages.pack(messages.RELEASE, 0, 0, self.id, b""))
-            channel.in_use = False
-            self._channel = None
-        self._tell_manager(frames.checkin(self.id))
-        self._told = True
-
-    def _abandon(self, ended: str, reason: str) -> None:
-        """Have the worker killed; the lease and its channel are over."""
-        self._end(ended)
-        self._channel = None
-        self._tell_manager(frames.destroy(self.id, reason))
-        self._told = True
-        self._member.drop_channel(self._worker)
+        self._forget()
+        hold = self._hold
+        if self._references and hold.channel is not None:
+            hold.channel.tell(messages.pack(messages.RELEASE, 0, 0, self.id, b""))
+        hold.release(self._member, how)
 
     def _interrupt(self, reason: str) -> None:
-        """Have the worker killed under another thread's call, which finds its channel ended."""
-        self._end(f"ended ({reason})")
-        self._tell_manager(frames.destroy(self.id, reason))
-        self._told = True
-        channel = self._channel
-        if channel is not None:
-            channel.hang_up()
+        self._forget()
+        self._hold.interrupt(reason)
 
-    def _end(self, how: str) -> None:
-        self._ended = how
-        self._link.leases.pop(self.id, None)
-
-    def _tell_manager(self, data: bytes) -> None:
-        try:
-            self._link.send(data)
-        except LinkBroken:
-            return  # the manager is gone, and every worker with it
-
-    def _died(self, number: int, what: Any) -> WhitepoolError:
-        """Find out how the worker ended; the lease is over."""
-        channel, self._channel = self._channel, None
-        started = channel is not None and channel.began(self.id, number)
-        self._member.drop_channel(self._worker)
-        if self._ended is not None:
-            return LeaseError(
-                f"lease {self.id} of pool {self.name!r} {self._ended} under the call of "
-                f"{_name(what)}"
-            )
-        self._end("lost (its worker died)")
-        self._told = True
-        try:
-            deadline = time.monotonic() + _WHY_SECONDS
-            told = self._member.link(deadline).why(self.id, deadline)
-        except (LinkBroken, WhitepoolError):
-            return self._member.gone()
-        except TimedOut:
-            told = None
-            self._tell_manager(frames.destroy(self.id, "its channel broke"))
-        return worker_died(self.name, self.slot, self.pid, _name(what), started, told)
+    def _forget(self) -> None:
+        self._hold.link.leases.pop(self.id, None)
 
     def __enter__(self) -> Self:
         return self
@@ -288,11 +227,9 @@ class Lease:
             self.checkin()
 
     def __del__(self) -> None:
-        # A lease whose __init__ failed, or that a forked child holds a copy of, is nobody's to end.
-        if getattr(self, "_told", True) or self._process != os.getpid():
-            return
-        if self._ended is not None:
-            self._abandon(self._ended, "its end was interrupted")
+        # One whose __init__ failed, or that a forked child holds a copy of, is nobody's to end; and
+        # an end that was interrupted is told to the manager by the hold.
+        if not hasattr(self, "_references") or not self.valid:
             return
         self._release("forgotten, and so checked in")
         warnings.warn(
@@ -303,5 +240,29 @@ class Lease:
         )
 
 
-def _name(what: Any) -> str:
-    return what if isinstance(what, str) else payload.qualified_name(what)
+def broken_off(
+    member: Member, hold: Hold, error: Exception, what: Any, seconds: float | None
+) -> WhitepoolError:
+    """The error of a call whose exchange failed; its hold is over.
+
+    Args:
+        member, hold: whose worker it was.
+        error: why there was no answer.
+        what: the function or the name of the method that was called.
+        seconds: how long it was allowed to take.
+    """
+    name, title = payload.named(what), f"pool {member.name!r}"
+    if isinstance(error, TimedOut):
+        hold.abandon("ended by a timeout", f"a call took longer than {seconds:g} s")
+        return CallTimeout(
+            f"{name} took longer than {seconds:g} s in worker {hold.slot} of {title} (pid "
+            f"{hold.pid}); the worker was killed and is being replaced"
+        )
+    if hold.ended is not None:
+        hold.drop_channel()
+        return LeaseError(f"lease {hold.id} of {title} {hold.ended} under the call of {name}")
+    started = hold.began()
+    told = hold.autopsy(member)
+    if isinstance(told, WhitepoolError):
+        return told
+    return worker_died(member.name, hold.slot, hold.pid, name, started, told)

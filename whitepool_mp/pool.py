@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from whitepool_mp.client.member import Member
+from whitepool_mp.client.owner import Owner
 from whitepool_mp.config import PoolConfig
 from whitepool_mp.session import Session
 
@@ -61,9 +63,6 @@ class Pool:
             SerializationError: the factory or the teardown cannot be pickled.
             WhitepoolError: the manager process cannot be started.
         """
-        from whitepool_mp.client.member import Member
-        from whitepool_mp.client.owner import Owner
-
         config = self.config
         owner = Owner(config)
         ticket = (

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from whitepool_mp.client.answers import open_answer
+from whitepool_mp.client.channel import ChannelBroken
+from whitepool_mp.client.hold import Hold
 from whitepool_mp.client.link import Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, Ticket, refusal
 from whitepool_mp.client.tasks import MAX_DEATHS
@@ -18,12 +20,12 @@ from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
     CallTimeout,
     CheckoutTimeout,
+    LeaseError,
     ManagerDied,
     PoolClosed,
     ShutdownTimeout,
-    WorkerDied,
 )
-from whitepool_mp.lease import Lease
+from whitepool_mp.lease import Lease, broken_off
 from whitepool_mp.status import Status, WorkerInfo, check_sizes, make_status, statistics
 from whitepool_mp.wire import frames, messages, payload
 
@@ -48,12 +50,10 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 def caller_site() -> str:
     """The line outside this package that the current call comes from."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith(_PACKAGE):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
         frame = frame.f_back
     return ""
 
@@ -109,20 +109,24 @@ class Session:
 
         Source: Poolboy's checkout/3, Whitepool's block_checkout and nonblock_checkout.
         """
-        return self._checkout(check_timeout("timeout", timeout), block, caller_site())
+        return self._lease(check_timeout("timeout", timeout), block)
 
     def block_checkout(self, timeout: float | None = 5.0) -> Lease:
         """`checkout(timeout)`, by Whitepool's name."""
-        return self._checkout(check_timeout("timeout", timeout), True, caller_site())
+        return self._lease(check_timeout("timeout", timeout), True)
 
     def nonblock_checkout(self) -> Lease:
         """`checkout(block=False)`, by Whitepool's name."""
-        return self._checkout(5.0, False, caller_site())
+        return self._lease(5.0, False)
 
-    def _checkout(self, seconds: float | None, block: bool, site: str) -> Lease:
+    def _lease(self, seconds: float | None, block: bool) -> Lease:
+        return Lease(self._member, self._checkout(seconds, block))
+
+    def _checkout(self, seconds: float | None, block: bool = True, keep: bool = False) -> Hold:
         member = self._member
         if member.closed or member.draining:
             raise member.closing()
+        site = caller_site()
         deadline = None if seconds is None else time.monotonic() + (seconds or INSTANT)
         try:
             link = member.link(deadline)
@@ -130,10 +134,10 @@ class Session:
             raise self._unanswered(seconds) from None
         number = link.next_number()
         try:
-            link.send(frames.checkout(number, block, deadline, site))
+            link.send(frames.checkout(number, block, deadline, site, keep))
             body = link.wait(number, deadline)
             if body[0] == frames.GRANT:
-                return Lease(member, link, frames.read_grant(body))
+                return Hold(link, frames.read_grant(body))
         except TimedOut:
             raise self._too_late(number, seconds) from None
         except LinkBroken:
@@ -202,7 +206,7 @@ class Session:
 
         Source: Poolboy's transaction/2.
         """
-        with self._checkout(check_timeout("timeout", timeout), True, caller_site()) as lease:
+        with self._lease(check_timeout("timeout", timeout), True) as lease:
             return fn(lease)
 
     # --- calls ----------------------------------------------------------------------------
@@ -239,22 +243,44 @@ class Session:
             CheckoutTimeout, FactoryFailed, PoolClosed, ManagerDied: as for `checkout`.
         """
         seconds = check_timeout("timeout", timeout)
-        flags = self._flags(with_resource)
-        data, buffers = payload.dump_call(fn, args, kwargs)
         deadline = None if seconds is None else time.monotonic() + seconds
-        site = caller_site()
-        for deaths in itertools.count(1):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            with self._checkout(left, True, site) as lease:
-                try:
-                    value: T = lease._exchange(
-                        messages.CALL, flags, data, buffers, deadline, seconds, fn
-                    )
-                    return value
-                except WorkerDied as death:
-                    if death.started or deaths >= MAX_DEATHS:
-                        raise
-        raise AssertionError("it counts for ever")
+        flags = self._flags(with_resource) if with_resource else 0
+        data, buffers = payload.dump_call(fn, args, kwargs)
+        member = self._member
+        deaths = 0
+        while True:
+            if member.closed or member.draining:
+                raise member.closing()
+            try:
+                hold, found = member.kept.pop(), True
+            except IndexError:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                hold, found = self._checkout(left, keep=True), False
+            try:
+                message = hold.exchange(member, messages.CALL, flags, data, buffers, deadline)
+                if message.kind == messages.ERROR and message.flags == messages.FENCED:
+                    member.return_channel(hold.worker, hold.recalled())
+                    continue
+                returned, value = open_answer(message, fn, hold.id, member.name)
+            except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
+                if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
+                    # It died before the call began: while it was kept, or else just now.
+                    deaths += not found
+                    if deaths < MAX_DEATHS:
+                        hold.lose()
+                        continue
+                raise broken_off(member, hold, error, fn, seconds) from None
+            except BaseException:
+                hold.abandon("ended by an interrupt", "its call was interrupted")
+                raise
+            if hold.keep:
+                member.kept.append(hold)
+            else:
+                hold.release(member)
+            if not returned:
+                raise value
+            result: T = value
+            return result
 
     def _flags(self, with_resource: bool) -> int:
         if not with_resource:
@@ -288,19 +314,12 @@ class Session:
             SerializationError: the function or an argument cannot be pickled.
             PoolClosed, ManagerDied: as for `checkout`.
         """
-        from whitepool_mp.client.tasks import Task
-        from whitepool_mp.jobs import JobFuture
-
         seconds = check_timeout("timeout", timeout)
-        flags = self._flags(with_resource)
+        flags = self._flags(with_resource) if with_resource else 0
         data, buffers = payload.dump_call(fn, args, kwargs)
+        member = self._member
         name = payload.qualified_name(fn)
-        future = JobFuture(self._member, name)
-        task = Task(name, future, flags, seconds, data, buffers)
-        threaded = self._member.threaded()
-        future._task, future._threaded = task, threaded
-        threaded.submit(task, caller_site())
-        return future
+        return member.threaded().call(member, name, flags, seconds, data, buffers, caller_site())
 
     def map(
         self,
@@ -340,9 +359,8 @@ class Session:
         from whitepool_mp.jobs import iterate, progress_bar
 
         job = self._map_job(fn, iterables, timeout, chunksize, with_resource)
-        threaded = self._member.threaded()
-        site = caller_site()
-        job._send = lambda task: threaded.submit(task, site)
+        job._send = self._member.threaded().submit
+        job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         return iterate(job, ordered, return_exceptions, bar)
 

@@ -19,10 +19,11 @@ class Status:
         max_overflow: how many more it starts when they are all leased.
         state: "ready" (a worker is free or pool_size is not reached), "overflow" (all of pool_size
             leased, more may start) or "full" (a non-blocking checkout would be refused).
-        available: idle workers, ready to be leased.
+        available: workers with nothing to do, anyone's for the asking.
         overflow: living workers above pool_size.
-        leased: workers somebody holds.
-        waiting: checkouts in the queue.
+        leased: workers somebody holds, or that run somebody's job.
+        waiting: checkouts in the queue. Jobs that one client has queued ask together, for no more
+            workers than there are.
         booting: workers that are being started.
         retiring: workers on their way out.
         draining: whether the pool is shutting down.
@@ -58,14 +59,15 @@ class WorkerInfo:
         age: since its start was ordered.
         since: how long it has been in this state.
         calls: calls it has begun.
-        leases: how often it was leased.
+        leases: how often it was leased; a client that runs job after job leases it once.
         rss: resident memory, None if it cannot be measured.
         cpu_time: user and system time it has used.
         created: its creation time as psutil gives it; with pid, its identity.
         lease: the current lease's id.
         holder_pid: the process that holds it.
         holder_thread: the name of the thread that connected there.
-        site: the line that checked it out, "file.py:12".
+        site: the line that checked it out, "file.py:12"; of a client that runs job after job, the
+            one that came first.
     """
 
     pid: int | None

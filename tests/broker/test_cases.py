@@ -15,6 +15,7 @@ from whitepool_mp.broker import (
     Backoff,
     Broker,
     BrokerError,
+    Busy,
     Cancel,
     Checkin,
     Checkout,
@@ -26,7 +27,9 @@ from whitepool_mp.broker import (
     Event,
     Grant,
     Kill,
+    Recall,
     Refuse,
+    Released,
     Report,
     Resize,
     Retire,
@@ -83,9 +86,18 @@ class Bench:
         return [effect for effect in self.step(event, at) if not isinstance(effect, Report)]
 
     def checkout(
-        self, client: int = ALICE, block: bool = True, deadline: float | None = None
+        self,
+        client: int = ALICE,
+        block: bool = True,
+        deadline: float | None = None,
+        keep: bool = False,
+        spare_own: bool = False,
     ) -> list[Effect]:
-        return self.step(Checkout(client, next(self.tickets), block, deadline))
+        ticket = next(self.tickets)
+        return self.step(Checkout(client, ticket, block, deadline, keep, spare_own))
+
+    def keep(self, client: int, spare_own: bool = False) -> list[Effect]:
+        return self.checkout(client, keep=True, spare_own=spare_own)
 
     def lease(self, client: int = ALICE) -> Grant:
         (grant,) = self.checkout(client)
@@ -340,6 +352,21 @@ def test_a_failed_start_refuses_nonblocking_waiters_while_blocking_ones_wait_for
     bench.step(WorkerFailed(3, "no database"))
     assert same(bench.take(Refuse), [Refuse(CAROL, 3, "factory_failed", "no database")])
     assert same(bench.checkin(grant), [Grant(BOB, 2, 2, 1)])
+
+
+def test_a_nonblocking_waiter_does_not_wait_out_the_backoff_of_a_crash_loop() -> None:
+    bench = Bench.ready(2, 2)
+    for number in (2, 3, 4):
+        bench.step(WorkerExited(number, "out of memory"))
+        bench.step(WorkerReady(number + 1))
+    bench.step(WorkerExited(1, "out of memory"))
+    bench.step(WorkerExited(5, "out of memory"))
+    assert bench.checkout(ALICE) == []
+    assert bench.checkout(BOB, block=False) == []
+    assert same(
+        bench.step(WorkerReady(6)),
+        [Grant(ALICE, 1, 1, 6), Refuse(BOB, 2, "factory_failed", "out of memory")],
+    )
 
 
 # Cancel
@@ -739,6 +766,341 @@ def test_an_endless_ttl_needs_no_tick() -> None:
     assert bench.broker.next_deadline() is None
 
 
+# Kept leases
+
+
+def test_a_lease_is_kept_by_whoever_asks_while_nobody_waits() -> None:
+    bench = Bench.ready(2)
+    assert same(bench.keep(ALICE), [Grant(ALICE, 1, 1, 2, keep=True)])
+    assert same(bench.checkout(BOB), [Grant(BOB, 2, 2, 1, keep=False)])
+    assert bench.counts == (0, 0, 2, 0, 0)
+    assert bench.broker.status().kept == 1
+    (record,) = bench.broker.kept_workers()
+    assert (record.id, record.kept, record.recalled) == (2, True, False)
+
+
+def test_a_kept_lease_may_be_checked_in_all_the_same() -> None:
+    bench = Bench.ready(1)
+    (grant,) = bench.keep(ALICE)
+    assert isinstance(grant, Grant)
+    assert bench.checkin(grant) == []
+    assert bench.broker.status().kept == 0
+    assert same(bench.checkout(BOB), [Grant(BOB, 2, 2, 1)])
+
+
+def test_a_kept_lease_is_recalled_for_who_waits_and_goes_to_them() -> None:
+    bench = Bench.ready(1)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB), [Recall(1, 1)])
+    (record,) = bench.broker.kept_workers()
+    assert record.recalled
+    assert same(bench.step(Released(1, 1)), [Grant(BOB, 2, 2, 1)])
+    assert not record.kept and not record.recalled
+    assert bench.counter("recalled") == 1
+    assert bench.broker.lease_worker(ALICE, 1) is None
+
+
+def test_a_released_worker_goes_to_the_first_in_time_whoever_it_was_recalled_for() -> None:
+    bench = Bench.ready(2)
+    bench.lease(CAROL)
+    bench.keep(ALICE)
+    bench.checkout(ALICE, spare_own=True, deadline=5.0)
+    bench.checkout(ALICE, spare_own=True)
+    assert same(bench.checkout(BOB), [Recall(1, 2)])
+    effects = bench.step(Released(1, 2), at=5.0)
+    assert isinstance(effects[0], Refuse) and effects[0].why == "timeout"
+    assert same(effects[1:], [Grant(ALICE, 4, 3, 1)])
+
+
+def test_the_longest_kept_is_recalled_and_one_for_each_who_waits() -> None:
+    bench = Bench.ready(3)
+    for client in (ALICE, BOB, ALICE):
+        bench.keep(client)
+    assert same(bench.checkout(CAROL), [Recall(3, 1)])
+    assert same(bench.checkout(CAROL), [Recall(2, 2)])
+    assert same(bench.checkout(CAROL), [Recall(1, 3)])
+    assert bench.checkout(CAROL) == []
+
+
+def test_a_lease_is_recalled_once_and_a_released_worker_that_nobody_wants_is_idle() -> None:
+    bench = Bench.ready(1)
+    bench.keep(ALICE)
+    bench.checkout(BOB)
+    bench.step(Cancel(BOB, 2))
+    assert bench.checkout(BOB) == []
+    bench.step(Cancel(BOB, 3))
+    assert bench.step(Released(1, 1)) == []
+    assert bench.counts == (0, 1, 0, 0, 0)
+
+
+def test_no_overflow_is_started_for_who_is_served_by_a_recall() -> None:
+    bench = Bench.ready(1, 2)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB), [Recall(1, 1)])
+    assert same(bench.checkout(CAROL), [Spawn(2, 1)])
+
+
+def test_a_busy_worker_makes_another_be_recalled_and_then_overflow_be_started() -> None:
+    bench = Bench.ready(2, 1)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB), [Recall(2, 1)])
+    assert same(bench.step(Busy(2, 1)), [Recall(1, 2)])
+    assert same(bench.step(Busy(1, 2)), [Spawn(3, 2)])
+    assert same(bench.step(Released(2, 1)), [Grant(BOB, 3, 3, 2)])
+    assert bench.step(Released(1, 2)) == []
+    assert bench.counter("recalled") == 2
+
+
+def test_a_lease_granted_while_somebody_waits_is_not_kept() -> None:
+    bench = Bench.ready(1)
+    grant = bench.lease(ALICE)
+    bench.keep(BOB)
+    bench.keep(CAROL)
+    assert same(bench.checkin(grant), [Grant(BOB, 2, 2, 1, keep=False)])
+    assert same(bench.step(Checkin(BOB, 2)), [Grant(CAROL, 3, 3, 1, keep=True)])
+
+
+def test_a_lease_granted_while_only_its_own_sparing_client_waits_is_kept() -> None:
+    bench = Bench.ready(1)
+    grant = bench.lease(ALICE)
+    bench.keep(BOB, spare_own=True)
+    bench.keep(BOB, spare_own=True)
+    assert same(bench.checkin(grant), [Grant(BOB, 2, 2, 1, keep=True)])
+    assert same(bench.checkout(CAROL), [Recall(1, 2)])
+
+
+def test_an_overflow_lease_is_not_kept() -> None:
+    bench = Bench.ready(1, 1)
+    bench.lease(ALICE)
+    bench.keep(BOB)
+    assert same(bench.step(WorkerReady(2)), [Grant(BOB, 2, 2, 2, keep=False)])
+
+
+def test_a_client_that_spares_its_own_takes_none_from_itself_and_grows_instead() -> None:
+    bench = Bench.ready(1, 1)
+    bench.keep(ALICE)
+    assert same(bench.keep(ALICE, spare_own=True), [Spawn(2, 1)])
+    assert same(bench.keep(ALICE, spare_own=False), [Recall(1, 1)])
+
+
+def test_a_client_that_spares_its_own_takes_from_others() -> None:
+    bench = Bench.ready(3)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    bench.keep(BOB)
+    assert same(bench.keep(ALICE, spare_own=True), [Recall(1, 3)])
+    assert bench.keep(ALICE, spare_own=True) == []
+    # Somebody else is behind them: now there are three who wait, and nothing is spared.
+    assert same(bench.keep(CAROL, spare_own=True), [Recall(3, 1), Recall(2, 2)])
+
+
+def test_a_recalled_lease_that_ends_otherwise_is_replaced_by_the_next() -> None:
+    for end in (
+        Destroy(ALICE, 1, "broken"),
+        WorkerExited(3, "signal 9"),
+    ):
+        bench = Bench.ready(3)
+        bench.keep(ALICE)
+        bench.keep(BOB)
+        bench.keep(BOB)
+        assert same(bench.checkout(CAROL), [Recall(3, 1)])
+        effects = bench.acts(end)
+        assert Recall(2, 2) in effects and Spawn(4, 2) in effects
+        assert bench.acts(Released(3, 1)) == []
+        assert bench.counter("late_events") == 1
+
+
+def test_a_recalled_lease_that_is_checked_in_serves_at_once_and_its_release_is_late() -> None:
+    bench = Bench.ready(2)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB), [Recall(2, 1)])
+    assert same(bench.step(Checkin(ALICE, 1)), [Grant(BOB, 3, 3, 2)])
+    assert bench.step(Released(2, 1)) == []
+    assert bench.step(Busy(2, 1)) == []
+    assert bench.counter("late_events") == 2
+    assert bench.counts == (0, 0, 2, 0, 0)
+    assert same(bench.checkout(CAROL), [Recall(1, 2)])
+
+
+def test_a_gone_client_takes_what_it_kept_with_it() -> None:
+    bench = Bench.ready(2)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    bench.checkout(BOB)
+    reason = "its client has gone"
+    assert same(
+        bench.step(ClientGone(ALICE)),
+        [Kill(2, reason), Kill(1, reason), Spawn(3, 0), Spawn(4, 1)],
+    )
+    assert bench.broker.status().kept == 0
+
+
+def test_answers_about_leases_that_are_not_kept_are_late_and_of_unborn_workers_impossible() -> None:
+    bench = Bench.ready(2)
+    bench.lease(ALICE)
+    bench.keep(ALICE)
+    for event in (Released(2, 1), Busy(2, 1), Released(1, 1), Busy(1, 2)):
+        assert bench.step(event) == []
+    assert bench.counter("late_events") == 4
+    assert bench.counts == (0, 0, 2, 0, 0)
+    for event in (Released(3, 1), Busy(0, 1)):
+        with pytest.raises(BrokerError, match="never spawned"):
+            bench.step(event)
+
+
+def test_a_nonblocking_checkout_waits_for_a_kept_lease_and_is_refused_when_it_is_in_use() -> None:
+    bench = Bench.ready(2)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB, block=False), [Recall(2, 1)])
+    assert same(bench.step(Busy(2, 1)), [Recall(1, 2)])
+    assert same(bench.step(Busy(1, 2)), [Refuse(BOB, 3, "full", "all 2 workers are taken")])
+    (refusal,) = bench.checkout(BOB, block=False)
+    assert isinstance(refusal, Refuse)
+    assert refusal.why == "full"
+
+
+def test_a_nonblocking_checkout_is_refused_at_once_if_all_that_is_kept_is_spared_or_promised() -> (
+    None
+):
+    bench = Bench.ready(1)
+    bench.keep(ALICE)
+    (refusal,) = bench.checkout(ALICE, block=False, spare_own=True)
+    assert isinstance(refusal, Refuse)
+    assert refusal.why == "full"
+    assert same(bench.checkout(BOB), [Recall(1, 1)])
+    (refusal,) = bench.checkout(CAROL, block=False)
+    assert isinstance(refusal, Refuse)
+    assert refusal.why == "full"
+
+
+def test_nothing_is_recalled_for_a_nonblocking_checkout_that_is_refused() -> None:
+    bench = Bench.ready(1)
+    bench.keep(ALICE)
+    assert bench.checkout(ALICE, spare_own=True) == []
+    effects = bench.checkout(BOB, block=False)
+    assert same(effects, [Refuse(BOB, 3, "full", "all 1 workers are taken")])
+    bench = Bench.ready(1, 1)
+    bench.keep(ALICE)
+    bench.checkout(ALICE, spare_own=True)
+    bench.step(WorkerFailed(2, "no database"))
+    effects = bench.checkout(BOB, block=False)
+    assert same(effects, [Refuse(BOB, 3, "factory_failed", "no database")])
+
+
+def test_only_those_nonblocking_waiters_are_refused_that_neither_a_recall_nor_a_start_serves() -> (
+    None
+):
+    bench = Bench.ready(2, 1)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB, block=False), [Recall(2, 1)])
+    assert same(bench.checkout(CAROL), [Recall(1, 2)])
+    assert same(bench.checkout(CAROL, block=False), [Spawn(3, 2)])
+    effects = bench.step(Busy(2, 1))
+    assert same(effects, [Refuse(CAROL, 5, "full", "all 3 workers are taken")])
+    assert bench.step(Busy(1, 2)) == [], "a start is under way for BOB"
+    assert same(bench.step(WorkerReady(3)), [Grant(BOB, 3, 3, 3)])
+
+
+def test_a_nonblocking_waiter_that_lost_what_was_coming_does_not_wait_out_a_backoff() -> None:
+    bench = Bench.ready(1, 1)
+    bench.keep(ALICE)
+    bench.checkout(ALICE, spare_own=True)
+    bench.acts(WorkerFailed(2, "no database"))
+    bench.step(Cancel(ALICE, 2))
+    assert same(bench.checkout(BOB, block=False), [Recall(1, 1)])
+    effects = bench.step(Busy(1, 1))
+    assert same(effects, [Refuse(BOB, 3, "factory_failed", "no database")])
+
+
+def test_a_failed_start_does_not_refuse_those_that_a_recall_serves() -> None:
+    bench = Bench.ready(1, 1)
+    bench.keep(ALICE)
+    assert same(bench.checkout(ALICE, block=False, spare_own=True), [Spawn(2, 1)])
+    bench.step(Cancel(ALICE, 2))
+    assert same(bench.checkout(BOB, block=False), [Recall(1, 1)])
+    assert bench.checkout(CAROL, block=False) == []
+    effects = bench.acts(WorkerFailed(2, "no database"))
+    assert same(
+        effects,
+        [Kill(2, "its start failed"), Refuse(CAROL, 4, "factory_failed", "no database")],
+    )
+    assert same(bench.step(Released(1, 1)), [Grant(BOB, 3, 2, 1)])
+
+
+def test_draining_recalls_every_kept_lease_and_lets_none_be_kept() -> None:
+    bench = Bench.ready(3)
+    bench.lease(CAROL)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.keep(BOB), [Recall(2, 2)])
+    assert same(bench.step(Drain()), [Recall(1, 3)])
+    assert bench.step(Drain()) == []
+    assert same(bench.step(Released(1, 3)), [Grant(BOB, 4, 4, 1, keep=False)])
+    assert same(bench.step(Checkin(BOB, 4)), [Retire(1)])
+    assert bench.step(Busy(2, 2)) == []
+    assert same(bench.step(Released(2, 2)), [Retire(2)])
+    assert bench.counts == (0, 0, 1, 2, 0)
+
+
+def test_terminate_kills_under_kept_leases_without_a_recall() -> None:
+    bench = Bench.ready(1)
+    bench.keep(ALICE)
+    assert same(bench.step(Terminate()), [Kill(1, "the pool was terminated")])
+    assert bench.step(Released(1, 1)) == []
+    assert bench.broker.status().kept == 0
+
+
+def test_a_shrink_recalls_what_is_kept_above_pool_size_and_no_more() -> None:
+    bench = Bench.ready(4, overflow_ttl=5.0)
+    for _ in range(4):
+        bench.keep(ALICE)
+    assert same(bench.step(Resize(2, 2)), [Recall(4, 1), Recall(3, 2)])
+    assert bench.step(Released(4, 1)) == []
+    assert bench.counts == (0, 1, 3, 0, 0)
+    assert same(bench.step(Tick(), at=5.0), [Retire(4)])
+    assert bench.step(Resize(2, 2)) == []
+
+
+def test_a_shrink_recalls_kept_leases_for_ordinary_ones_above_the_limit() -> None:
+    bench = Bench.ready(3)
+    bench.lease(BOB)
+    bench.keep(ALICE)
+    bench.keep(ALICE)
+    assert same(bench.step(Resize(2, 0)), [Recall(2, 2)])
+    assert same(bench.step(Released(2, 2)), [Retire(2)])
+
+
+def test_who_waits_during_a_shrink_is_not_served_by_those_that_retire() -> None:
+    bench = Bench.ready(3)
+    for _ in range(3):
+        bench.keep(ALICE)
+    bench.step(Resize(2, 0))
+    assert bench.take(Recall) == [Recall(3, 1)]
+    assert same(bench.checkout(BOB, block=False), [Recall(2, 2)])
+    assert same(bench.step(Released(2, 2)), [Retire(2)])
+    assert same(bench.step(Released(3, 1)), [Grant(BOB, 4, 4, 3)])
+
+
+def test_many_busy_answers_among_many_waiters_cost_little_each() -> None:
+    bench = Bench.ready(300)
+    for _ in range(300):
+        bench.keep(ALICE)
+    for number in range(3_000):
+        bench.step(Checkout(BOB, number, number >= 300, None))
+    assert len(bench.take(Recall)) == 300
+    refused = []
+    for lease in range(1, 301):
+        effects = bench.step(Busy(301 - lease, lease))
+        assert len(effects) == 1
+        refused += [effect.ticket for effect in effects if isinstance(effect, Refuse)]
+    assert refused == list(range(299, -1, -1)), "who would have been served last goes first"
+    assert bench.broker.status().waiting == 2_700
+
+
 # Resize
 
 
@@ -810,6 +1172,24 @@ def test_a_shrink_refuses_nonblocking_waiters_that_would_have_to_wait_for_a_chec
 
 
 # The end
+
+
+def test_drain_still_serves_the_jobs_that_a_client_has_queued_behind_its_ticket() -> None:
+    bench = Bench.ready(1)
+    grant = bench.lease(ALICE)
+    bench.checkout(BOB, spare_own=True)
+    bench.step(Drain())
+    (refusal,) = bench.checkout(CAROL, spare_own=True)
+    assert isinstance(refusal, Refuse)
+    assert refusal.why == "closed"
+    for _ in range(3):
+        (granted,) = bench.checkin(grant)
+        assert isinstance(granted, Grant)
+        assert granted.client == BOB
+        assert bench.checkout(BOB, spare_own=True) == []
+        grant = granted
+    bench.step(ClientGone(BOB))
+    assert bench.broker.status().waiting == 0
 
 
 def test_drain_refuses_new_checkouts_serves_waiters_and_then_stops_every_worker() -> None:

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 from whitepool_mp.broker import (
     Broker,
     BrokerError,
+    Busy,
     Cancel,
     Checkin,
     Checkout,
@@ -36,7 +37,9 @@ from whitepool_mp.broker import (
     Event,
     Grant,
     Kill,
+    Recall,
     Refuse,
+    Released,
     Report,
     Resize,
     Retire,
@@ -87,6 +90,8 @@ class T:
     ticket: int
     block: bool
     deadline: float | None
+    keep: bool
+    spare_own: bool
     outcome: str = "open"
 
     def expired(self, now: float) -> bool:
@@ -98,6 +103,10 @@ class L:
     id: int
     ticket: T
     worker: W
+    kept: bool
+    # From the Recall on; coming until the worker is found busy.
+    recalled: bool = False
+    coming: bool = False
 
 
 class Observer:
@@ -119,6 +128,9 @@ class Observer:
         self.not_before = 0.0
         self.unused_deaths = 0
         self.granted = 0
+        self.late = 0
+        self.released = 0
+        self.last_failure = ""
         # What this one step allows and requires.
         self.event: Event = Tick()
         self.now = 0.0
@@ -128,6 +140,7 @@ class Observer:
         self.failure: str | None = None
         self.due_refusals: list[T] = []
         self.due_reports: list[tuple[str, int | None]] = []
+        self.recalls = 0
         self.answers: list[Refuse] = []
 
     def by_state(self, *states: str) -> list[W]:
@@ -143,11 +156,45 @@ class Observer:
 
     @property
     def want(self) -> int:
-        leased = len(self.by_state("leased"))
+        need = len(self.by_state("leased")) + len(self.waiting) - self.coming
         if self.closing:
-            return min(self.limit, leased + len(self.waiting))
-        need = leased + len(self.by_state("idle")) + len(self.waiting)
+            return min(self.limit, need)
+        need += len(self.by_state("idle"))
         return min(self.limit, max(self.pool_size, need))
+
+    @property
+    def coming(self) -> int:
+        return sum(lease.coming for lease in self.leases)
+
+    @property
+    def unrecalled(self) -> list[L]:
+        """The longest kept first."""
+        return [lease for lease in self.leases if lease.kept and not lease.recalled]
+
+    @property
+    def recallable(self) -> list[L]:
+        return [lease for lease in self.unrecalled if self.wanted(lease.ticket.client)]
+
+    def wanted(self, holder: int) -> bool:
+        """Whether anybody waits for whom a lease of this client may be recalled."""
+        return any(t.client != holder or not t.spare_own for t in self.waiting)
+
+    @property
+    def surplus(self) -> int:
+        """Leased workers that will retire, whoever waits."""
+        return max(0, len(self.leases) - self.limit)
+
+    @property
+    def too_many_kept(self) -> bool:
+        recalled = sum(lease.recalled for lease in self.leases)
+        too_many = len(self.leases) - recalled > self.limit or (
+            len(self.unrecalled) > self.pool_size
+        )
+        return too_many and bool(self.unrecalled)
+
+    def about_to_come(self, place: int) -> bool:
+        """Whether a lease that is coming serves who stands there."""
+        return place < self.coming - self.surplus
 
     def find(self, worker_id: int) -> W:
         return next(worker for worker in self.workers if worker.id == worker_id)
@@ -158,16 +205,19 @@ class Observer:
         self.event = event
         self.now = now
         self.asking = None
+        self.begun = False
         self.freed = None
         self.may_kill = []
         self.failure = None
         self.due_refusals = []
         self.due_reports = []
+        self.recalls = 0
         self.answers = []
         if isinstance(event, Checkout):
             if any(t.client == event.client and t.ticket == event.ticket for t in self.open()):
                 return
-            self.asking = T(event.client, event.ticket, event.block, event.deadline)
+            self.asking = T(*event)
+            self.begun = any(ticket.client == event.client for ticket in self.open())
             self.waiting.append(self.asking)
         elif isinstance(event, Cancel):
             for lease in self.leases:
@@ -187,7 +237,19 @@ class Observer:
             for lease in list(self.leases):
                 if lease.ticket.client == event.client:
                     self.soil(lease)
+        elif isinstance(event, (Released, Busy)):
+            self.late += 1
+            for lease in self.leases:
+                if (lease.worker.id, lease.id) == event and lease.kept:
+                    if isinstance(event, Released):
+                        self.released += 1
+                        self.late -= 1
+                        self.free(lease)
+                    elif lease.coming:
+                        self.late -= 1
+                        lease.coming = False
         elif isinstance(event, WorkerReady):
+            self.late += event.worker not in [w.id for w in self.workers if w.state != "killed"]
             for worker in self.by_state("booting"):
                 if worker.id == event.worker:
                     worker.state = "idle"
@@ -198,12 +260,14 @@ class Observer:
                         self.attempt = 0
                         self.due_reports.append(("recovered", worker.id))
         elif isinstance(event, WorkerFailed):
+            self.late += event.worker not in [w.id for w in self.workers if w.state != "killed"]
             for worker in self.by_state("booting"):
                 if worker.id == event.worker:
                     worker.state = "failed"
                     self.may_kill.append(worker)
                     self.fail([worker], event.reason)
         elif isinstance(event, WorkerExited):
+            self.late += event.worker not in [w.id for w in self.workers]
             for worker in list(self.workers):
                 if worker.id == event.worker:
                     self.bury(worker, event.reason)
@@ -267,7 +331,7 @@ class Observer:
         """Starts failed, one after the other."""
         if not failed:
             return
-        self.failure = reason
+        self.failure = self.last_failure = reason
         for worker in failed:
             self.due_reports.append(("start_failed", worker.id))
             if worker.fresh:
@@ -279,7 +343,11 @@ class Observer:
                     other.fresh = False
         if not self.by_state("booting"):
             if self.live or (not told and self.attempt < PATIENCE):
-                self.due_refusals = [t for t in self.waiting if not t.block]
+                self.due_refusals = [
+                    ticket
+                    for place, ticket in enumerate(self.waiting)
+                    if not ticket.block and not self.about_to_come(place)
+                ]
             else:
                 self.due_refusals = list(self.waiting)
 
@@ -318,9 +386,29 @@ class Observer:
         worker.state = "leased"
         worker.since = self.now
         worker.grants += 1
-        self.leases.append(L(effect.lease, ticket, worker))
+        may_keep = len(self.alive) <= self.pool_size and not self.closing
+        keep = ticket.keep and may_keep and not self.wanted(ticket.client)
+        assert effect.keep is keep, "kept against the rules" if effect.keep else "not kept"
+        self.leases.append(L(effect.lease, ticket, worker, keep))
         self.unused_deaths = 0
         self.granted += 1
+
+    def enter_recall(self, effect: Recall) -> None:
+        (lease,) = (lease for lease in self.leases if lease.id == effect.lease)
+        assert lease.worker.id == effect.worker
+        assert lease.kept, "recalled though it is not kept"
+        assert not lease.recalled, "recalled twice"
+        demand = len(self.waiting) + self.surplus > self.coming and self.wanted(lease.ticket.client)
+        shrunk = isinstance(self.event, Resize) and self.too_many_kept
+        draining = isinstance(self.event, Drain)
+        assert demand or shrunk or draining, "recalled without a reason"
+        if draining or shrunk or self.recallable == self.unrecalled:
+            assert lease is self.unrecalled[0], "not the longest kept"
+        else:
+            own = [x for x in self.unrecalled if x.ticket.client == lease.ticket.client]
+            assert lease is own[0], "not the longest kept of its client"
+        lease.recalled = lease.coming = True
+        self.recalls += 1
 
     def enter_refuse(self, effect: Refuse) -> None:
         if isinstance(self.event, Cancel):
@@ -337,26 +425,38 @@ class Observer:
             assert effect.why == ("factory_failed" if failing else "cancelled")
         elif effect.why == "full":
             assert not ticket.block
-            assert ticket is self.asking or isinstance(self.event, Resize)
+            assert ticket is self.asking or isinstance(self.event, (Resize, Busy))
             assert not self.idle
-            assert leased + place >= self.limit, "refused as full though a worker may start"
+            loose = self.coming + len(self.recallable)
+            assert leased - loose + place >= self.limit, "refused as full though one may come"
         elif effect.why == "closed":
             assert self.closing
+            if ticket is self.asking:
+                assert not (ticket.spare_own and self.begun), "its queued jobs are lost"
             assert ticket is self.asking or isinstance(self.event, Terminate)
         elif effect.why == "timeout":
             assert ticket.expired(self.now), "refused before its deadline"
             assert ticket is self.asking or (place == 0 and self.freed)
         elif effect.why == "factory_failed":
             assert not self.by_state("booting")
+            loose = self.coming + len(self.recallable)
             if ticket is self.asking:
                 assert self.attempt
                 assert self.now < self.not_before
+                assert ticket.block or place >= loose - self.surplus, "one would have come"
                 if ticket.block:
                     assert not self.live
                     assert ticket.deadline is not None
                     assert ticket.deadline < self.not_before
+            elif ticket not in self.due_refusals:
+                # What was to come for it does not, or another took what had been started.
+                assert not ticket.block
+                assert self.attempt
+                assert self.now < self.not_before
+                assert place >= loose - self.surplus, "one would have come"
+                assert leased < self.limit
+                assert effect.detail == self.last_failure
             else:
-                assert ticket in self.due_refusals
                 assert effect.detail == self.failure, "the reason reaches whoever waits"
         else:
             raise AssertionError(f"unexpected {effect}")
@@ -414,16 +514,29 @@ class Observer:
             answers = [answer for answer in self.answers if answer[:2] == self.event]
             assert len(answers) == 1, "a cancel is answered once"
         for place, ticket in enumerate(self.waiting):
-            assert ticket.block or len(leased) + place < self.limit, "would wait for a checkin"
+            if not ticket.block:
+                room = self.limit - len(leased) + self.coming
+                assert place < room, "would wait for a checkin"
+                assert booting or self.about_to_come(place), "would wait for nothing"
         if self.asking in self.waiting and self.attempt and not booting:
-            # It waits for a later attempt or for a checkin, and can.
-            assert self.asking.block
+            # It waits for a later attempt, for a checkin or for what was recalled, and can.
+            assert self.asking.block or self.about_to_come(self.waiting.index(self.asking))
             deadline = self.asking.deadline
             assert self.live or deadline is None or deadline >= self.not_before
+        if self.asking and self.asking not in self.waiting:
+            assert not self.recalls, "recalled for who does not wait"
         assert not (self.waiting and self.idle), "waits while a worker is idle"
         if len(self.alive) > self.limit:
             assert not booting, "booting above the limit"
             assert not self.idle, "idle above the limit"
+        if len(self.waiting) + self.surplus > self.coming:
+            assert not self.recallable, "not recalled though somebody waits"
+        assert not self.too_many_kept, "not recalled though they are too many"
+        assert not (self.closing and self.unrecalled), "kept while the pool drains"
+        asking = self.asking
+        if self.closing and asking is not None and asking.outcome in ("open", "granted"):
+            assert asking.spare_own, "served though the pool drains"
+            assert self.begun, "served though the pool drains"
         slots = [worker.slot for worker in self.alive]
         assert len(slots) == len(set(slots)), "two of the alive share a slot"
 
@@ -467,6 +580,7 @@ class Observer:
         assert status.booting == len(self.by_state("booting"))
         assert status.idle == len(self.by_state("idle")) == len(self.idle)
         assert status.leased == len(self.by_state("leased")) == len(self.leases)
+        assert status.kept == sum(lease.kept for lease in self.leases)
         assert status.retiring == len(self.by_state("retiring", "killed"))
         assert status.waiting == len(self.waiting)
         assert status.alive == len(self.alive)
@@ -474,6 +588,8 @@ class Observer:
         assert status.failing == bool(self.attempt)
         assert status.draining == self.closing
         assert status.counters["granted"] == self.granted
+        assert status.counters["recalled"] == self.released
+        assert status.counters["late_events"] == self.late
         assert status.counters["spawned"] == self.last_worker
         holders = {lease.worker.id: lease for lease in self.leases}
         records = list(broker.workers())
@@ -489,6 +605,11 @@ class Observer:
             lease = holders.get(worker.id)
             assert record.lease == (lease.id if lease else None)
             assert record.client == (lease.ticket.client if lease else None)
+            assert record.kept == (lease is not None and lease.kept)
+            assert record.recalled == (lease is not None and lease.recalled)
+            assert record.coming == (lease is not None and lease.coming)
+        kept = [lease.worker.id for lease in self.leases if lease.kept]
+        assert [record.id for record in broker.kept_workers()] == kept
         for lease in self.leases:
             assert broker.lease_worker(lease.ticket.client, lease.id) == lease.worker.id
             assert broker.lease_worker(lease.ticket.client + 1, lease.id) is None
@@ -507,6 +628,8 @@ class BrokerMachine(RuleBasedStateMachine):
         fifo=st.booleans(),
         ttl=st.sampled_from([0.0, 1.0]),
         booted=st.booleans(),
+        keepers=st.booleans(),
+        lasting=st.booleans(),
         gentle=st.booleans(),
     )
     def start(
@@ -516,6 +639,8 @@ class BrokerMachine(RuleBasedStateMachine):
         fifo: bool,
         ttl: float,
         booted: bool,
+        keepers: bool,
+        lasting: bool,
         gentle: bool,
     ) -> None:
         policy = Policy(
@@ -528,6 +653,7 @@ class BrokerMachine(RuleBasedStateMachine):
             backoff_first=BACKOFF_FIRST,
             backoff_max=BACKOFF_MAX,
         )
+        self.lasting = lasting
         self.gentle = gentle
         self.now = 0.0
         self.broker = Broker(policy, rng=FullDelay())
@@ -535,19 +661,26 @@ class BrokerMachine(RuleBasedStateMachine):
         self.clients = [1, 3, 5]
         self.last_ticket = 0
         self.ended_leases: list[tuple[int, int]] = []
+        self.ended_recalls: list[tuple[int, int]] = []
         self.failures = 0
         self.send(Start())
-        if booted:
+        if booted or keepers:
             self.all_ready()
+        if keepers:
+            self.lease_all_that_are_idle(0, lasting, 1 + gentle)
 
     def send(self, event: Event) -> None:
         held = {(lease.ticket.client, lease.id) for lease in self.books.leases}
+        before = list(self.books.leases)
         self.books.expect(event, self.now)
         for effect in self.broker.step(event, self.now):
             self.books.enter(effect)
         self.books.balance(self.broker)
         held -= {(lease.ticket.client, lease.id) for lease in self.books.leases}
         self.ended_leases += sorted(held)
+        for lease in before:
+            if lease not in self.books.leases and lease.recalled:
+                self.ended_recalls.append((lease.worker.id, lease.id))
 
     def reason(self) -> str:
         self.failures += 1
@@ -555,19 +688,46 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # Clients
 
-    @rule(pick=PICK, block=st.sampled_from([True, True, False]), patience=st.none() | TIMES)
-    def checkout(self, pick: int, block: bool, patience: float | None) -> None:
+    @rule(
+        pick=PICK,
+        block=st.sampled_from([True, True, False]),
+        patience=st.none() | TIMES,
+        keep=st.booleans(),
+        spare_own=st.booleans(),
+    )
+    def checkout(
+        self, pick: int, block: bool, patience: float | None, keep: bool, spare_own: bool
+    ) -> None:
         self.last_ticket += 1
         deadline = None if patience is None else self.now + patience
         client = self.clients[pick % len(self.clients)]
-        self.send(Checkout(client, self.last_ticket, block, deadline))
+        self.send(Checkout(client, self.last_ticket, block, deadline, keep, spare_own))
         ticket = self.books.asking
         assert ticket is not None
 
-    @rule(count=st.integers(2, 8), pick=PICK, block=st.sampled_from([True, True, False]))
-    def rush(self, count: int, pick: int, block: bool) -> None:
+    @rule(
+        count=st.integers(2, 8),
+        pick=PICK,
+        block=st.sampled_from([True, True, False]),
+        keep=st.booleans(),
+        spare_own=st.booleans(),
+    )
+    def rush(self, count: int, pick: int, block: bool, keep: bool, spare_own: bool) -> None:
         for number in range(count):
-            self.checkout(pick + number, block, None)
+            self.checkout(pick + number, block, None, keep, spare_own)
+
+    @precondition(lambda self: self.books.idle)
+    @rule(pick=PICK, turns=st.booleans(), every=st.integers(1, 3))
+    def lease_all_that_are_idle(self, pick: int, turns: bool, every: int) -> None:
+        for number in range(len(self.books.idle)):
+            self.checkout(pick + number * turns, True, None, number % every == 0, False)
+
+    @precondition(lambda self: self.books.unrecalled)
+    @rule(pick=PICK, count=st.integers(1, 4), block=st.booleans())
+    def an_engine_asks_for_more(self, pick: int, count: int, block: bool) -> None:
+        lease = self.books.unrecalled[pick % len(self.books.unrecalled)]
+        for _ in range(count):
+            self.checkout(self.clients.index(lease.ticket.client), block, None, True, True)
 
     @precondition(lambda self: self.books.open())
     @rule(pick=PICK)
@@ -701,6 +861,63 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             self.send((WorkerFailed if kind == "failed" else WorkerExited)(number, "late"))
 
+    # Workers under kept leases
+
+    def coming(self) -> list[L]:
+        return [lease for lease in self.books.leases if lease.coming]
+
+    @precondition(lambda self: self.coming())
+    @rule(pick=PICK)
+    def released_at_once(self, pick: int) -> None:
+        lease = self.coming()[pick % len(self.coming())]
+        self.send(Released(lease.worker.id, lease.id))
+
+    @precondition(lambda self: self.coming())
+    @rule(pick=PICK)
+    def found_busy(self, pick: int) -> None:
+        lease = self.coming()[pick % len(self.coming())]
+        self.send(Busy(lease.worker.id, lease.id))
+
+    @precondition(lambda self: self.coming())
+    @rule()
+    def all_found_busy(self) -> None:
+        while self.coming():
+            self.found_busy(0)
+
+    @precondition(lambda self: any(x.recalled and not x.coming for x in self.books.leases))
+    @rule(pick=PICK, again=st.sampled_from([False, False, True]))
+    def released_after_its_call(self, pick: int, again: bool) -> None:
+        busy = [lease for lease in self.books.leases if lease.recalled and not lease.coming]
+        lease = busy[pick % len(busy)]
+        self.send((Busy if again else Released)(lease.worker.id, lease.id))
+
+    @precondition(lambda self: self.coming())
+    @rule(pick=PICK, how=st.sampled_from(["checkin", "destroy", "cancel", "exit", "gone"]))
+    def ends_before_it_is_released(self, pick: int, how: str) -> None:
+        lease = self.coming()[pick % len(self.coming())]
+        client, ticket = lease.ticket.client, lease.ticket.ticket
+        if how == "checkin":
+            self.send(Checkin(client, lease.id))
+        elif how == "destroy":
+            self.send(Destroy(client, lease.id, "broken"))
+        elif how == "cancel":
+            self.send(Cancel(client, ticket))
+        elif how == "exit":
+            self.send(WorkerExited(lease.worker.id, self.reason()))
+        else:
+            self.lose_client(self.clients.index(client))
+
+    @precondition(lambda self: self.ended_recalls)
+    @rule(pick=PICK, busy=st.booleans())
+    def answers_too_late(self, pick: int, busy: bool) -> None:
+        self.send((Busy if busy else Released)(*self.ended_recalls[pick % len(self.ended_recalls)]))
+
+    @precondition(lambda self: self.books.leases)
+    @rule(pick=PICK, other=st.sampled_from([0, 0, 1]), busy=st.booleans())
+    def answers_unasked(self, pick: int, other: int, busy: bool) -> None:
+        lease = self.books.leases[pick % len(self.books.leases)]
+        self.send((Busy if busy else Released)(lease.worker.id, lease.id + other))
+
     # The clock and the owner
 
     @rule(delay=TIMES)
@@ -744,19 +961,28 @@ class BrokerMachine(RuleBasedStateMachine):
         pool_size = min(self.books.pool_size, self.books.limit - 1)
         self.send(Resize(pool_size, self.books.limit - 1 - pool_size))
 
-    @precondition(lambda self: self.last_ticket > 6)
+    @precondition(lambda self: self.books.unrecalled)
+    @rule(less=st.integers(0, 2), max_overflow=st.sampled_from([0, 0, 1]), pick=PICK)
+    def shrink_below_what_is_kept(self, less: int, max_overflow: int, pick: int) -> None:
+        taken = self.books.unrecalled if pick % 3 else self.books.leases
+        pool_size = max(0, len(taken) - less)
+        self.send(Resize(pool_size, max_overflow or int(pool_size == 0)))
+        if pick % 2:
+            self.checkout(pick, pick % 3 > 0, None, True, False)
+
+    @precondition(lambda self: self.last_ticket > 6 and not self.lasting)
     @rule(pick=st.integers(0, 3))
     def drain(self, pick: int) -> None:
         if pick == 0:
             self.send(Drain())
 
-    @precondition(lambda self: self.last_ticket > 6)
+    @precondition(lambda self: self.last_ticket > 6 and not self.lasting)
     @rule(pick=st.integers(0, 7))
     def terminate(self, pick: int) -> None:
         if pick == 0:
             self.send(Terminate())
 
-    @rule(kind=st.integers(0, 6), pick=PICK)
+    @rule(kind=st.integers(0, 8), pick=PICK)
     def impossible(self, kind: int, pick: int) -> None:
         started = self.books.by_state("idle", "leased", "retiring")
         events: list[Event] = [
@@ -765,6 +991,8 @@ class BrokerMachine(RuleBasedStateMachine):
             Resize(-1, 5),
             Resize(0, 0),
             Start(),
+            Released(self.books.last_worker + 1, max(1, self.books.last_lease)),
+            Busy(0, 1),
         ]
         if started:
             events.append(WorkerReady(started[pick % len(started)].id))
@@ -784,7 +1012,12 @@ class BrokerMachine(RuleBasedStateMachine):
             if self.books.drained:
                 break
             for lease in list(self.books.leases):
-                self.send(Checkin(lease.ticket.client, lease.id))
+                if lease.coming and lease.id % 3 == 0:
+                    self.send(Busy(lease.worker.id, lease.id))
+                if lease.recalled and lease.id % 2:
+                    self.send(Released(lease.worker.id, lease.id))
+                else:
+                    self.send(Checkin(lease.ticket.client, lease.id))
             for worker in self.booting():
                 if worker.state == "booting":
                     self.send(WorkerReady(worker.id))

@@ -22,7 +22,7 @@ ALLOWED = {
     "random",
     "typing",
 }
-OURS = ("whitepool_mp.broker", "whitepool_mp.config")
+OURS = ("whitepool_mp.broker", "whitepool_mp.policy")
 FORBIDDEN_CALLS = {"__import__", "compile", "eval", "exec", "input", "open", "print"}
 
 modules = sorted(PACKAGE.rglob("*.py"))
@@ -49,16 +49,9 @@ def test_the_package_has_modules() -> None:
 
 
 @pytest.mark.parametrize("path", modules, ids=lambda path: path.name)
-def test_imports_only_itself_the_config_and_a_few_pure_modules(path: pathlib.Path) -> None:
+def test_imports_only_itself_the_policy_and_a_few_pure_modules(path: pathlib.Path) -> None:
     names = imports(ast.parse(path.read_text(encoding="utf-8")))
     assert [name for name in names if name not in ALLOWED and not ours(name)] == []
-
-
-@pytest.mark.parametrize("path", modules, ids=lambda path: path.name)
-def test_from_the_config_it_takes_the_policy_alone(path: pathlib.Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "whitepool_mp.config":
-            assert [alias.name for alias in node.names] == ["Policy"]
 
 
 @pytest.mark.parametrize("path", modules, ids=lambda path: path.name)

@@ -27,7 +27,7 @@ from whitepool_mp.manager.clients import (
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
-from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire import frames, pages
 
 KEY = b"k" * frames.KEY_BYTES
 
@@ -58,7 +58,7 @@ class Hand:
         self.slot = slot
         self.pid = 100_000_000 + worker  # above every real one
         self.page = os.memfd_create("page")
-        os.ftruncate(self.page, messages.PAGE_SIZE)
+        os.ftruncate(self.page, pages.SIZE)
         self.control: list[socket.socket] = []
 
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.messages import Message, MessageReader
 
 KIB = 1024
@@ -277,7 +277,7 @@ def test_garbage_in_a_payload_raises_nothing_but_protocol_errors(data: bytes, re
 
 @given(st.integers(1, 2**39), st.integers(1, 2**23))
 def test_a_token_tells_two_calls_apart(lease: int, number: int) -> None:
-    token = messages.started_token(lease, number)
-    assert token != messages.started_token(lease, number + 1)
-    assert token != messages.started_token(lease + 1, number)
+    token = pages.token(lease, number)
+    assert token != pages.token(lease, number + 1)
+    assert token != pages.token(lease + 1, number)
     assert 0 < token < 2**64

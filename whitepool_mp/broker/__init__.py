@@ -16,6 +16,7 @@ from whitepool_mp.broker.effects import (
     Effect,
     Grant,
     Kill,
+    Recall,
     Refuse,
     Report,
     ReportKind,
@@ -25,6 +26,7 @@ from whitepool_mp.broker.effects import (
 )
 from whitepool_mp.broker.errors import BrokerError
 from whitepool_mp.broker.events import (
+    Busy,
     Cancel,
     Checkin,
     Checkout,
@@ -32,6 +34,7 @@ from whitepool_mp.broker.events import (
     Destroy,
     Drain,
     Event,
+    Released,
     Resize,
     Start,
     Terminate,
@@ -48,6 +51,7 @@ __all__ = [
     "Broker",
     "BrokerError",
     "BrokerStatus",
+    "Busy",
     "Cancel",
     "Checkin",
     "Checkout",
@@ -59,7 +63,9 @@ __all__ = [
     "Event",
     "Grant",
     "Kill",
+    "Recall",
     "Refuse",
+    "Released",
     "Report",
     "ReportKind",
     "Resize",

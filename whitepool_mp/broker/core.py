@@ -6,21 +6,22 @@ descriptors into events and performs the effects; its wait time is `next_deadlin
 
 What becomes of a worker, by state and event:
 
-              Ready    Failed    Exited    Checkin,  Destroy,  start_   stop_    overflow_
-                                           Cancel    Gone      timeout  timeout  ttl
-    BOOTING   place    KILLED *  gone *    .         .         KILLED*  .        .
-    IDLE      error    error     gone +    .         .         .        .        RETIRING
-    LEASED    error    error     gone +    place     KILLED    .        .        .
-    RETIRING  error    error     gone      .         .         .        KILLED   .
-    KILLED    late     late      gone      .         .         .        .        .
-    gone      late     late      late      .         .         .        .        .
-    unborn    error    error     error     .         .         .        .        .
+              Ready    Failed    Exited    Checkin,  Released  Destroy,  start_   stop_    overflow_
+                                           Cancel              Gone      timeout  timeout  ttl
+    BOOTING   place    KILLED *  gone *    .         late      .         KILLED*  .        .
+    IDLE      error    error     gone +    .         late      .         .        .        RETIRING
+    LEASED    error    error     gone +    place     place k   KILLED    .        .        .
+    RETIRING  error    error     gone      .         late      .         .        KILLED   .
+    KILLED    late     late      gone      .         late      .         .        .        .
+    gone      late     late      late      .         late      .         .        .        .
+    unborn    error    error     error     .         error     .         .        .        .
 
       place   LEASED to the first waiter in time; else RETIRING if it is one too many; else IDLE
       *       a failed start                    +     a crash
       late    a race: counted, ignored          .     does not happen
-      error   BrokerError, and nothing changes
+      error   BrokerError, and nothing changes  k     late if it is not about the kept lease it has
 
+Busy moves nobody; it is late where Released is, and when it is not the first answer to a Recall.
 Drain makes IDLE into RETIRING and BOOTING into KILLED once nobody waits. A Resize below what is
 alive kills BOOTING, then retires IDLE. Terminate makes everything KILLED.
 
@@ -31,8 +32,8 @@ The rules
     before that the client watches its own clock and sends Cancel. Nobody waits while a worker is
     idle.
 3.  Each Cancel is answered by one Refuse. A cancelled grant counts as a checkin.
-4.  want = min(limit, max(pool_size, leased + idle + waiting)) workers are kept alive; a draining
-    pool has no pool_size.
+4.  want = min(limit, max(pool_size, leased + idle + waiting - coming)) workers are kept alive; a
+    draining pool has no pool_size. For `coming` see rule 10.
 5.  A failed start sets a backoff: no spawn before its end, then one at a time until a worker
     is ready. Failures of one wave (starts before the last lengthening of the backoff) lengthen it
     once.
@@ -40,12 +41,26 @@ The rules
     with its reason. One that leaves only leased workers refuses those who wait for a start only.
 7.  A crash is replaced at once. Workers that die without ever having been granted, more than limit
     of them with no grant in between, count as failed starts: a crash loop is a failing factory.
-8.  A non-blocking checkout waits for a start and for nobody's checkin. It is refused when the pool
-    is full, or when no worker can be started now.
+8.  A non-blocking checkout waits for a start or for a recalled lease that is coming, and for
+    nobody's checkin. It is refused, at once or when it comes to that, as soon as neither will serve
+    it: the pool is full, or no worker can be started now.
+9.  A checkout may ask to keep its lease from call to call. It may if nobody waits for whom the
+    lease may be recalled, the pool is not draining, and alive <= pool_size. A kept lease counts as
+    leased, and its holder may check it in at any time.
+10. A lease is coming from its Recall until it ends or is found to be Busy. While waiting > coming,
+    kept leases are recalled, oldest first; workers about to retire because alive > limit are not
+    counted as coming. None of a client's is recalled for its own waiters that `spare_own`. If only
+    such waiters of one client wait, the oldest lease of another client is recalled, which need not
+    be the oldest of all others'.
+11. Drain recalls every kept lease. From then on checkouts are refused; but not a `spare_own` one of
+    a client that holds or waits for a worker, since it has jobs queued behind that. A Resize recalls
+    the oldest until no more than pool_size are left unrecalled, and no more than limit of all
+    leases. Each is recalled once in its life; whether it is still needed when it is Released makes
+    no difference.
 
 Every event costs O(1) amortised, plus O(log limit) for a spawn's slot, whatever the number of
-workers and waiters; a client's end costs what it held. Resize may look at each worker and at
-as many waiters as the limit.
+workers and waiters; a client's end costs what it held. Drain and Resize may look at each worker and
+at as many waiters as the limit.
 """
 
 from __future__ import annotations
@@ -58,6 +73,7 @@ from typing import Any
 from whitepool_mp.broker.effects import Effect, Why
 from whitepool_mp.broker.errors import BrokerError
 from whitepool_mp.broker.events import (
+    Busy,
     Cancel,
     Checkin,
     Checkout,
@@ -65,6 +81,7 @@ from whitepool_mp.broker.events import (
     Destroy,
     Drain,
     Event,
+    Released,
     Resize,
     Start,
     Terminate,
@@ -76,7 +93,7 @@ from whitepool_mp.broker.events import (
 from whitepool_mp.broker.moves import Moves, oldest
 from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, Waiter, Worker
 from whitepool_mp.broker.status import BrokerStatus
-from whitepool_mp.config import Policy
+from whitepool_mp.policy import Policy
 
 __all__ = ["Broker"]
 
@@ -147,6 +164,7 @@ class Broker(Moves):
             booting=len(roster.booting),
             idle=len(roster.idle),
             leased=len(roster.leases),
+            kept=len(roster.keeps.leases),
             retiring=len(roster.known) - roster.alive,
             waiting=len(self._waitlist),
             failing=self._starts.failing,
@@ -165,6 +183,10 @@ class Broker(Moves):
     def workers(self) -> Iterator[Worker]:
         """Iterate over all workers that have not exited, oldest first; read them only."""
         return iter(self._roster.known.values())
+
+    def kept_workers(self) -> Iterator[Worker]:
+        """Iterate over the workers under kept leases, recalled ones included; read them only."""
+        return iter(self._roster.keeps.leases.values())
 
     def lease_worker(self, client: int, lease: int) -> int | None:
         """Tell which worker this client holds under this lease, or None if it does not."""
@@ -187,40 +209,46 @@ class Broker(Moves):
     # Requests of clients
 
     def _on_checkout(self, event: Checkout, now: float, out: list[Effect]) -> None:
-        client, ticket, block, until = event
+        client, ticket, block, until, keep, spare_own = event
         tickets = self._clients.get(client)
         if tickets is not None and ticket in tickets:
             self._counters["duplicate_checkouts"] += 1
             return
         deadline = math.inf if until is None else until
-        refusal = self._objection(block, deadline, now)
+        refusal = self._objection(event, deadline, now)
         if refusal is not None:
             self._refuse(client, ticket, *refusal, out)
         elif self._roster.idle:
             _, worker = self._roster.idle.popitem(last=self._policy.strategy == "lifo")
-            self._grant(worker, client, ticket, now, out)
+            self._grant(worker, client, ticket, keep, now, out)
         else:
-            waiter = Waiter(client, ticket, block, deadline)
+            waiter = Waiter(client, ticket, block, deadline, keep, spare_own)
             self._waitlist.add(waiter)
             self._clients.setdefault(client, {})[ticket] = waiter
-            self._grow(now, out)
+            self._settle(now, out)
 
-    def _objection(self, block: bool, deadline: float, now: float) -> tuple[Why, str] | None:
+    def _objection(self, event: Checkout, deadline: float, now: float) -> tuple[Why, str] | None:
         """Say why a checkout can be neither granted nor made to wait, if so."""
         roster = self._roster
-        if self._draining:
+        if self._draining and not (event.spare_own and event.client in self._clients):
             return "closed", "the pool is closed"
         if now >= deadline:
             return "timeout", "the deadline had passed on arrival"
         if roster.idle:
             return None
-        if not block and len(roster.leases) + len(self._waitlist) >= self._limit:
-            return "full", f"all {self._limit} workers are taken"
-        if self._starts.failing and not roster.booting:
+        if event.block:
             # Nothing can be ready before the next attempt: do not let those wait for it who cannot.
-            next_start = self._starts.not_before
-            if (not roster.live and deadline < next_start) if block else now < next_start:
-                return "factory_failed", self._starts.last_failure or ""
+            doomed = not roster.live and deadline < self._starts.not_before
+        else:
+            waitlist = self._waitlist
+            own = event.spare_own and (not waitlist or waitlist.spared() == event.client)
+            # Who would not be in use if this one waited too.
+            loose = roster.keeps.coming + roster.keeps.unrecalled(event.client if own else None)
+            if len(roster.leases) - loose + len(waitlist) >= self._limit:
+                return "full", f"all {self._limit} workers are taken"
+            doomed = len(waitlist) >= loose
+        if doomed and self._paused(now):
+            return "factory_failed", self._starts.last_failure or ""
         return None
 
     def _on_cancel(self, event: Cancel, now: float, out: list[Effect]) -> None:
@@ -279,6 +307,20 @@ class Broker(Moves):
         self._start_failed(worker, event.reason, now, out, told=True)
         self._settle(now, out)
 
+    def _on_released(self, event: Released, now: float, out: list[Effect]) -> None:
+        worker = self._kept(event)
+        if worker is not None:
+            self._counters["recalled"] += 1
+            self._give_back(worker, now, out)
+
+    def _on_busy(self, event: Busy, now: float, out: list[Effect]) -> None:
+        worker = self._kept(event)
+        if worker is not None and worker.coming:
+            self._roster.keeps.detain(worker)
+            self._settle(now, out)
+        elif worker is not None:
+            self._counters["late_events"] += 1
+
     def _on_exited(self, event: WorkerExited, now: float, out: list[Effect]) -> None:
         worker = self._roster.get(event.worker)
         if worker is None:
@@ -304,6 +346,14 @@ class Broker(Moves):
             return None
         if worker.state is not BOOTING:
             raise BrokerError(f"expected a booting worker; got {event!r} about {worker!r}")
+        return worker
+
+    def _kept(self, event: Released | Busy) -> Worker | None:
+        """Find the worker under a kept lease; None if news of it came too late."""
+        worker = self._roster.get(event.worker)
+        if worker is None or not worker.kept or worker.lease != event.lease:
+            self._counters["late_events"] += 1
+            return None
         return worker
 
     # The owner and the clock
@@ -343,16 +393,23 @@ class Broker(Moves):
             self._kill(newest, "the pool shrank", now, out)
         while roster.idle and roster.alive > self._limit:
             self._retire_idle(oldest(roster.idle), now, out)
-        # Those behind the limit would now have to wait for a checkin.
-        for waiter in self._waitlist.impatient(max(0, self._limit - len(roster.leases))):
-            self._unwait(waiter)
-            detail = f"the pool shrank to {self._limit} workers"
-            self._refuse(waiter.client, waiter.ticket, "full", detail, out)
+        keeps = roster.keeps
+        while (kept := keeps.oldest()) is not None and (
+            keeps.unrecalled() > self._pool_size
+            or len(roster.leases) - keeps.recalled > self._limit
+        ):
+            self._recall(kept, out)
+        if self._waitlist:
+            self._call_back(out)
+            # Those behind the limit would now have to wait for a checkin.
+            self._turn_away(f"the pool shrank to {self._limit} workers", now, out)
         self._settle(now, out)
         self._trim(now, out)
 
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
         self._draining = True
+        while (kept := self._roster.keeps.oldest()) is not None:
+            self._recall(kept, out)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:
@@ -380,6 +437,8 @@ _AFTER_START: _Handlers = {
     WorkerReady: Broker._on_ready,
     WorkerFailed: Broker._on_failed,
     WorkerExited: Broker._on_exited,
+    Released: Broker._on_released,
+    Busy: Broker._on_busy,
     Tick: Broker._on_tick,
     Resize: Broker._on_resize,
     Drain: Broker._on_drain,

@@ -13,6 +13,7 @@ __all__ = [
     "Effect",
     "Grant",
     "Kill",
+    "Recall",
     "Refuse",
     "Report",
     "ReportKind",
@@ -39,12 +40,32 @@ class Spawn(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """Hand this worker to the client that holds this ticket."""
+    """Hand this worker to the client that holds this ticket.
+
+    Args:
+        client: who asked.
+        ticket: the client's number for the checkout.
+        lease: a number never used before.
+        worker: the worker.
+        keep: the client may keep the lease between calls, until it is recalled. Otherwise it checks
+            in after its call.
+    """
 
     client: int
     ticket: int
     lease: int
     worker: int
+    keep: bool = False
+
+
+class Recall(NamedTuple):
+    """Have this worker release this kept lease as soon as it is not in the middle of a call.
+
+    It is said once of a lease. `Released` answers it, after a `Busy` if a call is running.
+    """
+
+    worker: int
+    lease: int
 
 
 class Refuse(NamedTuple):
@@ -96,4 +117,4 @@ class Drained(NamedTuple):
     """The pool is closed and no worker of any state is left; emitted exactly once."""
 
 
-Effect = Spawn | Grant | Refuse | Retire | Kill | Report | Drained
+Effect = Spawn | Grant | Recall | Refuse | Retire | Kill | Report | Drained

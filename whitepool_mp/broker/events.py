@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "Busy",
     "Cancel",
     "Checkin",
     "Checkout",
@@ -21,6 +22,7 @@ __all__ = [
     "Destroy",
     "Drain",
     "Event",
+    "Released",
     "Resize",
     "Start",
     "Terminate",
@@ -41,14 +43,19 @@ class Checkout(NamedTuple):
     Args:
         client: who asks.
         ticket: the client's number for this checkout, unique among those it has open.
-        block: wait for a checkin if need be. If false, wait for no more than a worker's start.
+        block: wait for a checkin if need be. If false, wait for no more than a worker's start, or
+            for a kept lease that is not in use.
         deadline: when the client stops waiting (seconds, absolute), or None for never.
+        keep: the client would keep the lease from call to call, and agrees to have it recalled.
+        spare_own: while it waits, recall none of this client's own leases for it.
     """
 
     client: int
     ticket: int
     block: bool
     deadline: float | None
+    keep: bool = False
+    spare_own: bool = False
 
 
 class Cancel(NamedTuple):
@@ -95,6 +102,20 @@ class WorkerFailed(NamedTuple):
     reason: str
 
 
+class Released(NamedTuple):
+    """A worker refuses all further calls under a kept lease: the answer to a `Recall`."""
+
+    worker: int
+    lease: int
+
+
+class Busy(NamedTuple):
+    """A worker was in the middle of a call when its lease was recalled: it releases it after."""
+
+    worker: int
+    lease: int
+
+
 class WorkerExited(NamedTuple):
     """A worker's process is gone, or never was."""
 
@@ -131,6 +152,8 @@ Event = (
     | WorkerReady
     | WorkerFailed
     | WorkerExited
+    | Released
+    | Busy
     | Tick
     | Resize
     | Drain

@@ -15,6 +15,7 @@ from whitepool_mp.broker.effects import (
     Effect,
     Grant,
     Kill,
+    Recall,
     Refuse,
     Report,
     ReportKind,
@@ -26,7 +27,7 @@ from whitepool_mp.broker.roster import Roster
 from whitepool_mp.broker.starts import Starts
 from whitepool_mp.broker.state import KILLED, LEASED, RETIRING, Waiter, Worker
 from whitepool_mp.broker.waitlist import Waitlist
-from whitepool_mp.config import Policy
+from whitepool_mp.policy import Policy
 
 __all__ = ["Moves", "oldest"]
 
@@ -48,6 +49,7 @@ _COUNTERS = (
     "retired",
     "killed",
     "late_events",
+    "recalled",
 )
 
 _REFUSED: dict[Why, str] = {
@@ -94,7 +96,7 @@ class Moves:
     def _missing(self) -> int:
         """Tell how many workers demand and pool_size ask for beyond those alive; may be < 0."""
         roster = self._roster
-        want = len(roster.leases) + len(self._waitlist)
+        want = len(roster.leases) + len(self._waitlist) - roster.keeps.coming
         if not self._draining:
             want = max(self._pool_size, want + len(roster.idle))
         return min(self._limit, want) - roster.alive
@@ -118,8 +120,50 @@ class Moves:
                 break
             self._retire_idle(worker, now, out)
 
+    def _paused(self, now: float) -> bool:
+        """Tell whether nobody is booting and, because starts fail, nobody can be started now."""
+        starts = self._starts
+        return starts.failing and not self._roster.booting and now < starts.not_before
+
+    def _surplus(self) -> int:
+        """Tell how many of the leased workers retire as soon as they are given back."""
+        return max(0, len(self._roster.leases) - self._limit)
+
+    def _returning(self) -> int:
+        """Tell how many of those who wait are about to be served by a recalled lease."""
+        return max(0, self._roster.keeps.coming - self._surplus())
+
+    def _call_back(self, out: list[Effect]) -> None:
+        """Recall kept leases for those who wait, as far as they may have them."""
+        keeps = self._roster.keeps
+        needed = len(self._waitlist) + self._surplus()
+        spared = self._waitlist.spared()
+        while keeps.coming < needed:
+            worker = keeps.oldest(spared)
+            if worker is None:
+                break
+            self._recall(worker, out)
+
+    def _turn_away(self, detail: str, now: float, out: list[Effect]) -> None:
+        """Refuse non-blocking waiters that neither a start nor a recalled lease will serve."""
+        places = self._returning()
+        why: Why = "full"
+        room = self._limit - len(self._roster.leases)
+        if room > 0:
+            if self._paused(now):
+                why, detail = "factory_failed", self._starts.last_failure or ""
+            else:
+                places += room
+        for waiter in self._waitlist.beyond(places):
+            self._unwait(waiter)
+            self._refuse(waiter.client, waiter.ticket, why, detail, out)
+
     def _settle(self, now: float, out: list[Effect]) -> None:
         """Restore the balance after anything that may have changed supply or demand."""
+        if self._waitlist:
+            self._call_back(out)
+            if self._waitlist.impatient:
+                self._turn_away(f"all {self._limit} workers are taken", now, out)
         if self._draining and not self._waitlist:
             roster = self._roster
             while roster.idle:
@@ -148,7 +192,8 @@ class Moves:
             self._report("backing_off", None, f"next start in {delay:.3g} s", out)
         if not self._roster.booting:
             wait_on = self._roster.live or not (told or self._starts.attempts >= PATIENCE)
-            for waiter in self._waitlist.impatient() if wait_on else self._waitlist.all():
+            waitlist = self._waitlist
+            for waiter in waitlist.beyond(self._returning()) if wait_on else waitlist.all():
                 self._unwait(waiter)
                 self._refuse(waiter.client, waiter.ticket, "factory_failed", reason, out)
 
@@ -179,7 +224,7 @@ class Moves:
                 waiter = self._waitlist.first()
                 self._unwait(waiter)
                 if now < waiter.deadline:
-                    self._grant(worker, waiter.client, waiter.ticket, now, out)
+                    self._grant(worker, waiter.client, waiter.ticket, waiter.keep, now, out)
                     return
                 detail = "the deadline had passed when its turn came"
                 self._refuse(waiter.client, waiter.ticket, "timeout", detail, out)
@@ -191,14 +236,24 @@ class Moves:
         out.append(Retire(worker.id))
 
     def _grant(
-        self, worker: Worker, client: int, ticket: int, now: float, out: list[Effect]
+        self, worker: Worker, client: int, ticket: int, keep: bool, now: float, out: list[Effect]
     ) -> None:
-        """Lease a detached worker."""
+        """Lease a detached worker; to keep, if that is asked for and nobody wants it back."""
         self._starts.used()
         self._counters["granted"] += 1
         lease = self._roster.lease(worker, client, ticket, now)
+        if keep:
+            wanted = bool(self._waitlist) and self._waitlist.spared() != client
+            keep = not wanted and not self._draining and self._roster.alive <= self._pool_size
+            if keep:
+                self._roster.keeps.add(worker)
         self._clients.setdefault(client, {})[ticket] = worker
-        out.append(Grant(client, ticket, lease, worker.id))
+        out.append(Grant(client, ticket, lease, worker.id, keep))
+
+    def _recall(self, worker: Worker, out: list[Effect]) -> None:
+        assert worker.lease is not None
+        self._roster.keeps.recall(worker)
+        out.append(Recall(worker.id, worker.lease))
 
     def _retire_idle(self, worker: Worker, now: float, out: list[Effect]) -> None:
         self._counters["retired"] += 1

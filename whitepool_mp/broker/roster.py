@@ -12,6 +12,7 @@ import heapq
 from collections import OrderedDict
 
 from whitepool_mp.broker.errors import BrokerError
+from whitepool_mp.broker.keeps import Keeps
 from whitepool_mp.broker.state import BOOTING, IDLE, LEASED, RETIRING, Worker, WorkerState
 
 __all__ = ["Roster"]
@@ -20,8 +21,8 @@ __all__ = ["Roster"]
 class Roster:
     """The workers of a pool. It keeps records and makes no decisions."""
 
-    __slots__ = ("_free", "_last_lease", "_last_worker", "booting", "idle", "known", "leases",
-                 "retiring")  # fmt: skip
+    __slots__ = ("_free", "_last_lease", "_last_worker", "booting", "idle", "keeps", "known",
+                 "leases", "retiring")  # fmt: skip
 
     def __init__(self) -> None:
         self.known: dict[int, Worker] = {}
@@ -29,6 +30,7 @@ class Roster:
         self.idle: OrderedDict[int, Worker] = OrderedDict()
         self.retiring: OrderedDict[int, Worker] = OrderedDict()
         self.leases: dict[int, Worker] = {}
+        self.keeps = Keeps()
         self._free: list[int] = []
         self._last_worker = 0
         self._last_lease = 0
@@ -69,6 +71,8 @@ class Roster:
         state = worker.state
         if state is LEASED:
             assert worker.lease is not None
+            if worker.kept:
+                self.keeps.drop(worker)
             del self.leases[worker.lease]
             worker.lease = worker.client = worker.ticket = None
         elif state is BOOTING:

@@ -39,15 +39,21 @@ class Worker:
         client: who holds that lease, or None.
         ticket: the checkout that the lease answered, or None.
         leases_served: how often it was granted.
+        kept: whether that lease is kept between calls.
+        recalled: whether that lease is kept and was recalled.
+        coming: whether it was recalled and is, for all that is known, free to be released.
         wave: which round of starts it belongs to; failures of one round count as one.
     """
 
     __slots__ = (
         "born",
         "client",
+        "coming",
         "id",
+        "kept",
         "lease",
         "leases_served",
+        "recalled",
         "since",
         "slot",
         "state",
@@ -65,6 +71,9 @@ class Worker:
         self.client: int | None = None
         self.ticket: int | None = None
         self.leases_served = 0
+        self.kept = False
+        self.recalled = False
+        self.coming = False
         self.wave = wave
 
     @property
@@ -84,17 +93,29 @@ class Waiter:
     Attributes:
         client: who asked.
         ticket: the client's number for this checkout.
-        block: whether it may wait for a checkin, and not for a start alone.
+        block: whether it may wait for a checkin, and not for a start or a recall alone.
         deadline: when it stops waiting, in seconds; infinity for never.
+        keep: whether it would keep its lease between calls.
+        spare_own: whether kept leases of its own client are not to be recalled for it.
     """
 
-    __slots__ = ("block", "client", "deadline", "ticket")
+    __slots__ = ("block", "client", "deadline", "keep", "spare_own", "ticket")
 
-    def __init__(self, client: int, ticket: int, block: bool, deadline: float) -> None:
+    def __init__(
+        self,
+        client: int,
+        ticket: int,
+        block: bool,
+        deadline: float,
+        keep: bool = False,
+        spare_own: bool = False,
+    ) -> None:
         self.client = client
         self.ticket = ticket
         self.block = block
         self.deadline = deadline
+        self.keep = keep
+        self.spare_own = spare_own
 
     def __repr__(self) -> str:
         return f"<Waiter client={self.client} ticket={self.ticket} deadline={self.deadline}>"

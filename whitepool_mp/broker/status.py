@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = ["BrokerStatus"]
 
 
-@dataclass(frozen=True)
-class BrokerStatus:
+class BrokerStatus(NamedTuple):
     """Counts, no identities. What can be derived from them is derived from them.
 
     Attributes:
@@ -18,6 +16,7 @@ class BrokerStatus:
         booting: workers that build their resource.
         idle: workers ready to be granted.
         leased: workers that are granted.
+        kept: those of them whose lease is kept between calls, whether a call runs or not.
         retiring: workers asked to stop or killed, whose exit was not seen yet.
         waiting: checkouts that wait.
         failing: whether starts fail, so that they are tried one at a time with a backoff.
@@ -31,6 +30,7 @@ class BrokerStatus:
     booting: int
     idle: int
     leased: int
+    kept: int
     retiring: int
     waiting: int
     failing: bool
@@ -55,7 +55,10 @@ class BrokerStatus:
 
     @property
     def state(self) -> Literal["ready", "overflow", "full"]:
-        """Poolboy's word: "full" refuses a non-blocking checkout, "overflow" starts a worker."""
+        """Poolboy's word: "full" refuses a non-blocking checkout, "overflow" starts a worker.
+
+        Kept leases are taken for busy here; before either of that happens they are recalled.
+        """
         if self.leased + self.waiting >= self.limit:
             return "full"
         return "overflow" if self.leased >= self.pool_size else "ready"

@@ -16,21 +16,22 @@ class Reference(NamedTuple):
     title: str
 
 
-def open_answer(message: Message, name: str, lease: int, pool: str) -> tuple[bool, Any]:
+def open_answer(message: Message, what: Any, lease: int, pool: str) -> tuple[bool, Any]:
     """Whether a call returned, and its result (or a `Reference`) or its exception.
 
     Args:
         message: a RESULT or an ERROR.
-        name: the function's qualified name, for errors.
+        what: the function, or its name, for errors.
         lease, pool: under which lease of which pool it was called.
     """
     try:
         if message.kind == messages.ERROR:
-            return False, _failure(message, name, lease, pool)
-        value = message.load()
+            return False, _failure(message, payload.named(what), lease, pool)
+        value = payload.loads(message.payload, buffers=message.buffers)
     except Exception as error:
         failure = SerializationError(
-            f"the result of {name} could not be unpickled here: {type(error).__name__}: {error}"
+            f"the result of {payload.named(what)} could not be unpickled here: "
+            f"{type(error).__name__}: {error}"
         )
         failure.__cause__ = error
         return False, failure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import socket
@@ -12,6 +11,7 @@ import time
 from whitepool_mp.client.link import TimedOut, left_ms
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import Message, MessageReader
+from whitepool_mp.wire.pages import Page
 
 
 class ChannelBroken(Exception):
@@ -31,7 +31,7 @@ class Channel:
         self.sock.setblocking(True)
         self.reader = MessageReader()
         try:
-            self._page = mmap.mmap(page_fd, messages.PAGE_SIZE, prot=mmap.PROT_READ)
+            self.page = Page(page_fd)
         except OSError:  # it takes a descriptor of its own, and there may be none
             self.sock.close()
             raise
@@ -39,7 +39,6 @@ class Channel:
             os.close(page_fd)
         self._poll = select.poll()
         self._poll.register(sock_fd, select.POLLIN)
-        self.in_use = False
 
     def exchange(self, pieces: list[bytes | memoryview], deadline: float | None) -> Message:
         """Send a request and return its answer.
@@ -90,8 +89,7 @@ class Channel:
 
     def began(self, lease: int, number: int) -> bool:
         """Whether the worker had begun this call, also after its death."""
-        token, _ = messages.PAGE.unpack_from(self._page)
-        return bool(token == messages.started_token(lease, number))
+        return self.page.began(lease, number)
 
     def dead(self) -> bool:
         """Whether the worker's end is closed (nothing is ever sent to an idle client)."""
@@ -103,10 +101,10 @@ class Channel:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def __del__(self) -> None:
-        if hasattr(self, "_page"):
+        if hasattr(self, "page"):
             self.close()
 
     def close(self) -> None:
         """Close this process's copies."""
         self.sock.close()
-        self._page.close()
+        self.page.close()

@@ -28,25 +28,23 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
+from whitepool_mp.client.dispatch import Dispatcher
+from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
 from whitepool_mp.client.link import Handshake, dial, take_pair
-from whitepool_mp.client.member import Member, refusal, worker_died
-from whitepool_mp.client.tasks import MAX_DEATHS, Task
-from whitepool_mp.errors import (
-    CallTimeout,
-    PoolClosed,
-    ProtocolError,
-    WhitepoolError,
-    WorkerDied,
-)
-from whitepool_mp.wire import descriptors, frames
-
-MAX_TICKETS = 256
-"""How many checkouts the queued jobs of an engine ask for at once."""
+from whitepool_mp.client.member import Member
+from whitepool_mp.client.tasks import Task
+from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
+from whitepool_mp.wire import descriptors, frames, messages
 
 Done = Callable[[Any], None]
 """Called once with the result, or with an exception object."""
 
+
+TicketHeard = Callable[[int, "frames.Grant | None", "frames.Refused | None"], None]
+"""Called once with a ticket and its grant or refusal; with neither if the manager is gone."""
+
+_LOOK = -1
+"""In the place of a call's number: not its timeout is due but a look at its lease."""
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -76,18 +74,19 @@ class Engine:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._numbers = itertools.count(1)
         self._replies: dict[int, Callable[[bytes], None]] = {}
-        self._pending: deque[Task] = deque()
-        self._tickets: set[int] = set()
-        self._site = ""
+        self.jobs = Dispatcher(self)
+        self._inbox: deque[Task] = deque()
+        self._asleep = False
+        self._closed = False
+        self._opening: set[EngineLease] = set()
         self._channels: dict[int, EngineChannel] = {}
         self._by_fd: dict[int, EngineChannel] = {}
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
         self._order = itertools.count()
-        self.running = 0
         self.broken: WhitepoolError | None = None
         # An event loop may end and leave its engine behind.
         self._collected = weakref.finalize(
-            self, _close, self._sock, self._channels, self._epoll, self._wake
+            self, _leave, self.jobs.free, self._sock, self._channels, self._epoll, self._wake
         )
         self._collected.atexit = False
         _engines.add(self)
@@ -110,18 +109,42 @@ class Engine:
                 return
         function(*args)
 
+    def put(self, task: Task) -> None:
+        """Queue a task, from any thread."""
+        self._inbox.append(task)
+        if self._closed:
+            self._fail_inbox()
+        elif self._asleep:
+            self._asleep = False
+            with self._wake_lock:
+                if self._wake >= 0:
+                    os.eventfd_write(self._wake, 1)
+
+    def _fail_inbox(self) -> None:
+        """The end came before these were looked at; whoever takes one fails it."""
+        error = self.broken or PoolClosed("the pool was shut down")
+        with contextlib.suppress(IndexError):
+            while True:
+                self.jobs.fail_all(self._inbox.popleft(), error)
+
     def next_deadline(self) -> float | None:
         """When `pump` must be called at the latest, on the monotonic clock."""
         while self._deadlines:
             when, _, lease, number = self._deadlines[0]
-            if lease.ended is None and lease.task is not None and lease.number == number:
+            if lease.tasks and number in (_LOOK, lease.tasks[0].next_number):
                 return when
             heapq.heappop(self._deadlines)
+            lease.watched = lease.watched and number != _LOOK
         return None
 
     def pump(self, timeout: float = 0.0) -> None:
         """Deal with everything that is ready, waiting at most `timeout` seconds (-1: for ever)."""
-        for fd, events in self._epoll.poll(min(timeout, 2_000_000.0)):
+        self._asleep = True  # said before looking: who puts a task there after that sees it
+        if self._inbox:
+            timeout = 0.0
+        ready = self._epoll.poll(min(timeout, 2_000_000.0))
+        self._asleep = False
+        for fd, events in ready:
             if fd == self._wake:
                 os.eventfd_read(self._wake)
                 self._run_posted()
@@ -135,24 +158,30 @@ class Engine:
                     self._hear_worker(channel)
         now = time.monotonic()
         while (when := self.next_deadline()) is not None and when <= now:
-            lease = heapq.heappop(self._deadlines)[2]
-            self._late(lease)
-        self._flush()
+            _, _, lease, number = heapq.heappop(self._deadlines)
+            if number == _LOOK:
+                self.jobs.look(lease)
+            else:
+                self.jobs.late(lease)
+        self.flush()
 
     @property
     def idle(self) -> bool:
         """Whether no job is queued or running."""
-        return not self._pending and not self.running and not self._posted
+        return self.jobs.idle and not self._inbox and not self._posted
 
     def close(self) -> None:
         """Let go of everything; what has not ended fails with `PoolClosed`."""
         if self.broken is None:
+            _give_back(self.jobs.free, self._sock)
             self._break(self._gone())
         self.discard()
         self._run_posted()
+        self._fail_inbox()
 
     def discard(self) -> None:
         """Close this process's descriptors, and nothing else."""
+        self._closed = True
         with self._wake_lock:
             if self._collected.detach() is not None:
                 _close(self._sock, self._channels, self._epoll, self._wake)
@@ -184,7 +213,9 @@ class Engine:
 
         def answer(body: bytes) -> None:
             if body[0] == frames.GRANT:
-                done(EngineLease(frames.read_grant(body), kept=True))
+                grant = frames.read_grant(body)
+                self.jobs.superseded(grant.worker)
+                done(EngineLease(grant, manual=True))
             else:
                 done(frames.read_refused(body))
 
@@ -212,13 +243,6 @@ class Engine:
                 lease.channel.lease = None
             self._say(frames.checkin(lease.id))
 
-    def destroy(self, lease: EngineLease, reason: str) -> None:
-        """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
-        if lease.ended is None:
-            lease.ended = f"destroyed ({reason})"
-            self._drop(lease)
-            self._say(frames.destroy(lease.id, reason))
-
     def _ask(self, number: int, data: bytes, answer: Callable[[bytes], None], done: Done) -> None:
         if self.broken is not None:
             done(self.broken)
@@ -238,10 +262,11 @@ class Engine:
         self._outbox += data
 
     def flush(self) -> None:
-        """Send what was asked for outside `pump`."""
-        self._flush()
-
-    def _flush(self) -> None:
+        """Send whatever can be sent of what was asked for."""
+        inbox = self._inbox
+        while inbox:
+            self.jobs.submit(inbox.popleft())
+        self.jobs.dispatch()
         if not self._outbox or self._handshake is not None or self.broken is not None:
             return
         try:
@@ -287,6 +312,9 @@ class Engine:
                 if self._handshake.done:
                     self._handshake = None
                 continue
+            if body[0] == frames.DRAINING:
+                self.jobs.draining = True
+                continue
             heard = self._replies.pop(frames.read_request(body), None)
             if heard is not None:
                 heard(body)
@@ -307,270 +335,170 @@ class Engine:
         replies, self._replies = self._replies, {}
         for heard in replies.values():
             heard(b"")
-        for channel in list(self._channels.values()):
-            lease = channel.lease
-            if lease is not None:
-                lease.ended = "lost (the manager is gone)"
-                task, lease.task = lease.task, None
-                if task is not None:
-                    self.running -= 1
-                    self._fail_all(task, error)
-        while self._pending:
-            self._fail_all(self._pending.popleft(), error)
+        held = [channel.lease for channel in self._channels.values() if channel.lease is not None]
+        self.jobs.break_all(error, held)
 
-    def _fail_all(self, task: Task, error: BaseException) -> None:
-        while task.left:
-            index = task.first + task.at
-            task.at += 1
-            task.sink.failed(task, index, error)
+    # --- what the dispatcher needs ---------------------------------------------------------
 
-    # --- jobs -----------------------------------------------------------------------------
+    def member(self) -> Member | None:
+        """The membership, if it is still there."""
+        return self._member()
 
-    def submit(self, task: Task, site: str = "") -> None:
-        """Queue a task for whichever worker becomes free."""
-        if self.broken is not None:
-            self._fail_all(task, self.broken)
-            return
-        self._site = site or self._site
-        self._pending.append(task)
-        self._want()
-
-    def _want(self) -> None:
-        """Ask for as many workers as the queued jobs could use."""
-        missing = min(len(self._pending), MAX_TICKETS) - len(self._tickets)
-        for _ in range(missing):
-            number = next(self._numbers)
-            self._tickets.add(number)
-            self._replies[number] = self._heard_ticket
-            self._say(frames.checkout(number, True, None, self._site))
-
-    def _heard_ticket(self, body: bytes) -> None:
-        if not body:
-            return  # the manager is gone, and `_break` ends the jobs
-        self._tickets.discard(frames.read_request(body))
-        if body[0] == frames.GRANT:
-            lease = EngineLease(frames.read_grant(body), kept=False)
-            task = self._next_task()
-            if task is None:
-                self.checkin(lease)
-            else:
-                self.start(task, lease)
-                self._want()
-            return
-        refused = frames.read_refused(body)
+    def capacity(self) -> int:
+        """How many workers the pool has at most."""
         member = self._member()
-        error = (
-            refusal(refused, member.name, None, None)
-            if member is not None
-            else PoolClosed("the pool was shut down")
-        )
-        # One refusal ends one job; the others ask on their own behalf.
-        task = self._next_task()
-        if task is not None:
-            self._fail_all(task, error)
-        self._want()
+        return 1 if member is None else member.capacity
 
-    def _next_task(self) -> Task | None:
-        while self._pending:
-            task = self._pending.popleft()
-            if not task.cancelled and task.sink.began(task):
-                return task
-        return None
-
-    def start(self, task: Task, lease: EngineLease) -> None:
-        """Send a task to a leased worker."""
-        self.running += 1
-        lease.task = task
-        task.runner = lease
-        channel = self._channels.get(lease.worker)
-        if channel is not None:
-            self._send(lease, channel)
-            return
+    def ask_for_worker(self, site: str, heard: TicketHeard) -> int:
+        """Ask for a worker to run jobs on; the ticket."""
         number = next(self._numbers)
-        self._replies[number] = lambda body: self._heard_channel(lease, body)
-        self._say(frames.request_lease(frames.OPEN, number, lease.id))
-        self._set_deadline(lease, task)  # until it is sent: the manager may be stuck
+
+        def answer(body: bytes) -> None:
+            if not body:
+                heard(number, None, None)
+            elif body[0] == frames.GRANT:
+                heard(number, frames.read_grant(body), None)
+            else:
+                heard(number, None, frames.read_refused(body))
+
+        self._replies[number] = answer
+        self._say(frames.checkout(number, True, None, site, keep=True, spare_own=True))
+        return number
+
+    def ask_why(self, lease: EngineLease, told: Callable[[object], None]) -> None:
+        """Ask how the worker of a lease ended; `told` gets the obituary, None or an error."""
+        number = next(self._numbers)
+        data = frames.request_lease(frames.WHY, number, lease.id)
+        self._ask(number, data, lambda body: told(frames.read_reply(body)), told)
+
+    def say_destroyed(self, lease: EngineLease, reason: str) -> None:
+        """Have the manager kill and replace a leased worker."""
+        self._say(frames.destroy(lease.id, reason))
+
+    def channel(self, lease: EngineLease) -> EngineChannel | None:
+        """The channel to a leased worker, or None: it is asked for, and `opened` will hear."""
+        channel = self._channels.get(lease.worker)
+        if channel is None and lease not in self._opening:
+            self._opening.add(lease)
+            number = next(self._numbers)
+            self._replies[number] = lambda body: self._heard_channel(lease, body)
+            self._say(frames.request_lease(frames.OPEN, number, lease.id))
+        return channel
 
     def _heard_channel(self, lease: EngineLease, body: bytes) -> None:
+        self._opening.discard(lease)
         if not body:
-            task, lease.task = lease.task, None
-            if task is not None:
-                self.running -= 1
-                assert self.broken is not None
-                self._fail_all(task, self.broken)
+            assert self.broken is not None
+            self.jobs.break_all(self.broken, [lease])
             return
         if not frames.read_channel(body):
             if lease.ended is None:
-                self._lost(lease)
+                self.jobs.lost(lease)
             return
         self._forget_dead()
         try:
             channel = EngineChannel(*take_pair(self._fds))
         except OSError as error:
-            self._give_up(lease, error)
+            self.jobs.give_up(lease, error)
             return
         self._channels[lease.worker] = channel
         fd = channel.sock.fileno()
         self._by_fd[fd] = channel
         self._epoll.register(fd, select.EPOLLIN)
         if lease.ended is None:
-            self._send(lease, channel)
+            self.jobs.opened(lease, channel)
         else:
             self._close_channel(lease.worker)
-
-    def _give_up(self, lease: EngineLease, error: OSError) -> None:
-        """This process has no room for a channel: one task fails for it, the worker goes back."""
-        task, lease.task = lease.task, None
-        if not lease.kept:
-            self.checkin(lease)
-        if task is not None:
-            self.running -= 1
-            self._fail_all(task, error)
 
     def _forget_dead(self) -> None:
         for worker, channel in list(self._channels.items()):
             if channel.lease is None and channel.dead():
                 self._close_channel(worker)
 
-    def _send(self, lease: EngineLease, channel: EngineChannel) -> None:
-        task = lease.task
-        assert task is not None
-        lease.channel, channel.lease = channel, lease
-        number = lease.number + 1
-        lease.number = number
-        pieces = task.pieces(number, lease.id)
-        channel.unsent = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
-        if not channel.push():
-            self._epoll.modify(channel.sock.fileno(), select.EPOLLIN | select.EPOLLOUT)
-        self._set_deadline(lease, task)
+    def push(self, channel: EngineChannel) -> None:
+        """Write what is queued, now or when the worker reads."""
+        fd = channel.sock.fileno()
+        if fd >= 0 and not channel.push():
+            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
-    def _set_deadline(self, lease: EngineLease, task: Task) -> None:
+    def set_deadline(self, lease: EngineLease) -> None:
+        """The first call in flight on a lease has begun, or is about to: watch its timeout."""
+        task = lease.tasks[0]
         if task.timeout is not None:
             due = time.monotonic() + task.timeout
-            heapq.heappush(self._deadlines, (due, next(self._order), lease, lease.number))
+            heapq.heappush(self._deadlines, (due, next(self._order), lease, task.next_number))
+
+    def set_look(self, lease: EngineLease, due: float) -> None:
+        """Have the dispatcher `look` at a lease then."""
+        heapq.heappush(self._deadlines, (due, next(self._order), lease, _LOOK))
+
+    def start(self, task: Task, lease: EngineLease) -> None:
+        """Send a task to a worker that its caller has leased."""
+        self.jobs.start(task, lease)
+
+    def submit(self, task: Task) -> None:
+        """Queue a task for whichever worker becomes free; in the driver's thread."""
+        self.jobs.submit(task)
+
+    def cancel(self, task: Task) -> None:
+        """Nobody wants a task any more."""
+        self.jobs.cancel(task)
+
+    def destroy(self, lease: EngineLease, reason: str) -> None:
+        """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
+        self.jobs.destroy(lease, reason)
 
     # --- from the workers -----------------------------------------------------------------
 
-    def _hear_worker(self, channel: EngineChannel) -> None:
+    def _hear_worker(self, channel: EngineChannel) -> bool:
+        """Read once; whether there may be more."""
         reader = channel.reader
         try:
             count = channel.sock.recv_into(reader.want())
         except BlockingIOError:
-            return
+            return False
         except OSError:
             count = 0
         if not count:
+            self._hear_unsent(channel)
             self._hung_up(channel)
-            return
+            return False
         reader.received(count)
-        lease = channel.lease
-        while True:
-            try:
-                message = reader.pop()
-            except ProtocolError:  # something in the worker wrote to descriptors not its own
-                self._hung_up(channel)
-                return
-            if message is None:
-                return
-            task = lease.task if lease is not None else None
-            if lease is None or task is None or message.number != lease.number:
-                continue  # the answer of a call that was given up
-            index = task.first + task.at
-            task.at += 1
-            if task.left:
-                lease.number += 1
-                self._set_deadline(lease, task)
-                task.sink.answered(task, index, message)
-                continue
-            lease.task = None
-            self.running -= 1
-            if not lease.kept:
-                self.checkin(lease)
-            task.sink.answered(task, index, message)
+        try:
+            while (message := reader.pop()) is not None:
+                self.jobs.answered(channel, message)
+        except ProtocolError:  # something in the worker wrote to descriptors not its own
+            self._hung_up(channel)
+            return False
+        return True
+
+    def hear_all(self, channel: EngineChannel) -> None:
+        """Take in every answer that there is, those that have not been sent yet as well."""
+        while channel.sock.fileno() >= 0 and self._hear_worker(channel):
+            pass
+        self._hear_unsent(channel)
+
+    def _hear_unsent(self, channel: EngineChannel) -> None:
+        """Take in answers that the worker is about to send, or could not send before it died.
+
+        If they come again through the channel, their numbers are not expected any more.
+        """
+        if channel.sock.fileno() >= 0 and channel.lease is not None:
+            for message in messages.read_all(channel.page.unsent()):
+                self.jobs.answered(channel, message)
 
     def _hung_up(self, channel: EngineChannel) -> None:
         """Nothing more can come through a channel."""
-        if channel.lease is not None:
-            self._lost(channel.lease)
+        lease = channel.lease
+        if lease is not None and lease.ended is None:
+            self.jobs.lost(lease)
         else:
             self._close_channel(
                 next(worker for worker, known in self._channels.items() if known is channel)
             )
 
-    def _lost(self, lease: EngineLease) -> None:
-        """A worker is gone: find out why for the call it had begun, move the others on."""
-        task, lease.task = lease.task, None
-        channel = lease.channel
-        lease.ended = LOST
-        if task is None:
-            self._drop(lease)
-            self._say(frames.destroy(lease.id, "its channel broke"))
-            return
-        self.running -= 1
-        began = channel is not None and channel.began(lease.id, lease.number)
-        self._drop(lease)
-        if not began:
-            task.deaths += 1
-            if task.deaths < MAX_DEATHS and not lease.kept:
-                # If it is dead the manager knows nothing of this lease any more.
-                self._say(frames.destroy(lease.id, "its channel broke"))
-                self._requeue(task)
-                return
-        index = task.first + task.at
-        task.at += 1
-        task.deaths = 0
-        self.running += 1  # until its end is known
-        number = next(self._numbers)
-
-        def told(body: bytes) -> None:
-            self.running -= 1
-            if not body:
-                assert self.broken is not None
-                task.sink.failed(task, index, self.broken)
-                return
-            member = self._member()
-            name = member.name if member is not None else ""
-            answer = frames.read_reply(body)
-            error: WorkerDied = worker_died(name, lease.slot, lease.pid, task.name, began, answer)
-            task.sink.failed(task, index, error)
-
-        self._replies[number] = told
-        self._say(frames.request_lease(frames.WHY, number, lease.id))
-        self._requeue(task)
-
-    def _requeue(self, task: Task) -> None:
-        rest = task.rest()
-        if rest is not None and not rest.cancelled:
-            self._pending.appendleft(rest)
-            self._want()
-
-    def _late(self, lease: EngineLease) -> None:
-        task, lease.task = lease.task, None
-        assert task is not None and task.timeout is not None
-        self.running -= 1
-        self.destroy(lease, f"a call took longer than {task.timeout:g} s")
-        index = task.first + task.at
-        task.at += 1
-        task.sink.failed(
-            task,
-            index,
-            CallTimeout(
-                f"{task.name} took longer than {task.timeout:g} s in worker {lease.slot} (pid "
-                f"{lease.pid}); the worker was killed and is being replaced"
-            ),
-        )
-        self._requeue(task)
-
-    def cancel(self, task: Task) -> None:
-        """Nobody wants a task any more: take it off the queue, or kill the worker that runs it."""
-        task.cancelled = True
-        lease = task.runner
-        if lease is not None and lease.task is task:
-            lease.task = None
-            self.running -= 1
-            self.destroy(lease, "its call was cancelled")
-
-    def _drop(self, lease: EngineLease) -> None:
+    def drop(self, lease: EngineLease) -> None:
+        """The worker of a lease is dead or given up: close the channel to it."""
         channel, lease.channel = lease.channel, None
         if channel is not None:
             channel.lease = None
@@ -583,6 +511,25 @@ class Engine:
             self._epoll.unregister(fd)
             del self._by_fd[fd]
             channel.close()
+
+
+def _give_back(free: dict[EngineLease, None], sock: socket.socket) -> None:
+    """Check in what is kept and has nothing to do, so that it need not be replaced."""
+    data = b"".join(frames.checkin(lease.id) for lease in free)
+    with contextlib.suppress(OSError):  # then the manager sees the connection end
+        sock.send(data)
+
+
+def _leave(
+    free: dict[EngineLease, None],
+    sock: socket.socket,
+    channels: dict[int, EngineChannel],
+    epoll: select.epoll,
+    wake: int,
+) -> None:
+    """An engine was left behind."""
+    _give_back(free, sock)
+    _close(sock, channels, epoll, wake)
 
 
 def _close(

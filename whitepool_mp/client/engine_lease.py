@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.wire import frames, messages
@@ -11,33 +13,97 @@ LOST = "lost (its worker died)"
 
 
 class EngineLease:
-    """A worker leased by an engine."""
+    """A worker leased by an engine, and the tasks that were sent to it, in order.
 
-    __slots__ = ("channel", "ended", "id", "kept", "number", "pid", "slot", "task", "worker")
+    Attributes:
+        manual: whether its holder checks it in; otherwise it is for jobs.
+        keep: whether it may be kept when it has nothing to do, and may be recalled.
+        tasks: what is in flight; the first call of the first one runs, or is about to.
+        since: when that call became the first one, on the monotonic clock.
+        load: how many seconds all of it will take, by what is known.
+        stuck: whether its first call takes long, so that nothing is sent behind it.
+        watched: whether a look at how long its first call takes is due.
+        ended: how it ended, None while it is good.
+    """
 
-    def __init__(self, grant: frames.Grant, kept: bool) -> None:
-        self.id = grant.lease
-        self.worker = grant.worker
-        self.pid = grant.pid
-        self.slot = grant.slot
-        self.kept = kept  # its holder checks it in; otherwise it goes back after its task
-        self.number = 0
+    __slots__ = (
+        "channel",
+        "ended",
+        "id",
+        "keep",
+        "load",
+        "manual",
+        "pid",
+        "since",
+        "slot",
+        "stuck",
+        "tasks",
+        "watched",
+        "worker",
+    )
+
+    def __init__(self, grant: frames.Grant, manual: bool) -> None:
+        _, self.id, self.worker, self.pid, self.slot, self.keep = grant
+        self.manual = manual
         self.channel: EngineChannel | None = None
-        self.task: Task | None = None
+        self.tasks: deque[Task] = deque()
+        self.since = 0.0
+        self.load = 0.0
+        self.stuck = False
+        self.watched = False
         self.ended: str | None = None
+
+    @property
+    def task(self) -> Task | None:
+        """What runs on it."""
+        return self.tasks[0] if self.tasks else None
 
 
 class EngineChannel(Channel):
-    """A direct channel that is written to as far as the worker reads."""
+    """A direct channel that is written to as far as the worker reads.
+
+    Calls are numbered by channel, not by lease: an answer that comes late is known by its number,
+    whatever lease has the worker by then.
+
+    Attributes:
+        number: the last call's number.
+        unsent: what is to be written.
+        lease: the lease whose calls go through it, if any.
+        taken: calls that were taken back and that the worker has not passed yet: the number before
+            the first one, and that of the last one.
+    """
 
     def __init__(self, sock_fd: int, page_fd: int) -> None:
         super().__init__(sock_fd, page_fd)
         self.sock.setblocking(False)
+        self.number = 0
         self.unsent: list[memoryview] = []
         self.lease: EngineLease | None = None
+        self.taken: tuple[int, int] | None = None
+        self._small: list[bytes | memoryview] = []
+
+    def queue(self, pieces: list[bytes | memoryview]) -> None:
+        """Have a message written by the next `push`; small ones are written together."""
+        if len(pieces) == 1:
+            self._small.append(pieces[0])
+            return
+        self._gather()
+        self.unsent.extend(memoryview(piece).cast("B") for piece in pieces if len(piece))
+
+    def _gather(self) -> None:
+        if self._small:
+            data = self._small[0] if len(self._small) == 1 else b"".join(self._small)
+            self.unsent.append(memoryview(data))
+            self._small.clear()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the worker has not read all that was sent."""
+        return bool(self.unsent)
 
     def push(self) -> bool:
         """Write what goes; whether all is written."""
+        self._gather()
         unsent = self.unsent
         while unsent:
             try:

@@ -28,6 +28,7 @@ class Looped:
         except LinkBroken:
             raise member.gone() from None
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._idle: list[asyncio.Future[None]] = []
         self.closed = False
         loop.add_reader(self.engine.fileno(), self.pump)
@@ -37,18 +38,21 @@ class Looped:
         self.engine.pump(0)
         self.settle()
 
+    def _on_time(self) -> None:
+        self._timer = None
+        self.pump()
+
     def settle(self) -> None:
         """After anything was asked of the engine: send it, and wake up when it is next due."""
         if self.closed:
             return
         self.engine.flush()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         due = self.engine.next_deadline()
-        if due is not None:
-            delay = max(0.0, due - time.monotonic())
-            self._timer = self.loop.call_later(delay, self.pump)
+        if due is not None and (self._timer is None or due < self._due):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._due = due
+            self._timer = self.loop.call_later(max(0.0, due - time.monotonic()), self._on_time)
         if self._idle and self.engine.idle:
             waiting, self._idle = self._idle, []
             for future in waiting:

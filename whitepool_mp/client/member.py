@@ -2,6 +2,7 @@
 
     Session, Lease, ... --> Member --has--> a Link for each thread that talks to the manager
                                    --has--> a Channel for each worker met
+                                   --has--> a Hold of each worker kept between calls of `run`
                                    --may have--> an Engine (submit, map) and, in the owner, an Owner
 
 A channel belongs to the process, not to a thread: a lease is exclusive, so whoever holds it has the
@@ -37,6 +38,7 @@ from whitepool_mp.errors import (
 from whitepool_mp.wire import frames, payload
 
 if TYPE_CHECKING:
+    from whitepool_mp.client.hold import Hold
     from whitepool_mp.client.owner import Owner
     from whitepool_mp.client.threaded import Threaded
 
@@ -90,8 +92,11 @@ class Member:
         self._local = threading.local()
         self._free: list[Link] = []
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, Channel] = {}  # those that no lease uses, by worker
+        self._opened: weakref.WeakSet[Channel] = weakref.WeakSet()
         self._threaded: Threaded | None = None
+        # Whoever runs a job takes the one used last, or asks the manager; both ends are atomic.
+        self.kept: list[Hold] = []
 
     # --- links ----------------------------------------------------------------------------
 
@@ -207,35 +212,48 @@ class Member:
     # --- channels -------------------------------------------------------------------------
 
     def channel(self, worker: int, lease: int, deadline: float | None) -> Channel:
-        """The channel to a leased worker, made on the first meeting.
+        """A channel to a leased worker, for the lease's holder alone until it is returned; made on
+        the first meeting.
 
         Raises:
             LeaseError: the manager knows of no such lease (its worker died).
             LinkBroken, TimedOut: as for any request.
         """
         with self._lock:
-            channel = self._channels.get(worker)
-            if channel is not None:
-                channel.in_use = True  # under the lock: others close those that are not
+            channel = self._channels.pop(worker, None)
+        if channel is None:
+            channel = self._from_kept(worker)
         if channel is None:
             fds = self.link(deadline).open(lease, deadline)
             if fds is None:
                 raise LeaseError(f"lease {lease} has no worker")
             channel = Channel(*fds)
-            channel.in_use = True
             with self._lock:
-                dead = [key for key, old in self._channels.items() if not old.in_use and old.dead()]
-                for key in dead:
+                self._opened.add(channel)
+                for key in [key for key, old in self._channels.items() if old.dead()]:
                     self._channels.pop(key).close()
-                self._channels[worker] = channel
         return channel
 
-    def drop_channel(self, worker: int) -> None:
-        """Close the channel to a worker that is dead or was given up."""
+    def _from_kept(self, worker: int) -> Channel | None:
+        """A worker is leased anew: if it was kept here it has been recalled; take its channel."""
+        for hold in list(self.kept):
+            if hold.worker == worker:
+                try:
+                    self.kept.remove(hold)
+                except ValueError:
+                    break  # another thread just took it, and will find out
+                return hold.recalled()
+        return None
+
+    def return_channel(self, worker: int, channel: Channel | None) -> None:
+        """A lease is over, and nothing is under way on its channel: keep it for the next."""
+        if channel is None:
+            return
         with self._lock:
-            channel = self._channels.pop(worker, None)
-        if channel is not None:
-            channel.close()
+            if self.closed or worker in self._channels:
+                channel.close()
+            else:
+                self._channels[worker] = channel
 
     # --- the engine -----------------------------------------------------------------------
 
@@ -246,6 +264,9 @@ class Member:
             PoolClosed: the pool was shut down, or is being shut down here.
             ManagerDied: its manager is gone.
         """
+        running = self._threaded
+        if running is not None and not (running.stopped or self.closed or self.draining):
+            return running
         with self._lock:
             if self.closed or self.draining:
                 raise self.closing()
@@ -275,7 +296,7 @@ class Member:
         with self._lock:
             for link in list(self._links):
                 link.hang_up()
-            # Whoever is in one of these just now still holds it; its last user closes it.
+            self.kept.clear()
             self._channels.clear()
             self._free.clear()
             self._local = threading.local()
@@ -284,7 +305,7 @@ class Member:
         """In a forked child: close the copies and start from nothing."""
         for link in list(self._links):
             link.close()
-        for channel in self._channels.values():
+        for channel in list(self._opened):
             channel.close()
         if self._threaded is not None:
             self._threaded.forked()
@@ -367,6 +388,8 @@ def _at_exit() -> None:
     for member in members:
         if member.owner is not None:
             member.close()
+        else:
+            member.kept.clear()  # given back, not left to be found with a dead holder
 
 
 def _after_fork_in_child() -> None:

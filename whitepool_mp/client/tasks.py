@@ -11,6 +11,8 @@ from whitepool_mp.wire.messages import Message
 
 MAX_DEATHS = 3
 """How many workers may die before they began a call, until the call is given up."""
+LARGEST_AHEAD = 32 * 1024
+"""A call whose pickle is larger is not sent before the worker is free for it."""
 
 
 class Sink(Protocol):
@@ -33,7 +35,7 @@ class Task:
     """One or more calls that are sent to one worker together and answered one by one.
 
     Args:
-        name: the function's qualified name, for errors.
+        name: the function's qualified name, for errors and for what is known of its duration.
         sink: who hears of each call.
         flags: `messages.WITH_RESOURCE` or 0.
         timeout: how many seconds each call may take, or None.
@@ -41,21 +43,38 @@ class Task:
         buffers: a single call's buffers.
         items: a batch's arguments, pickled one by one; None for a single call.
         first: the sink's index of the first call.
+        kind: of the message for a single call.
+        site: the line of code that it comes from.
+
+    Attributes:
+        count: how many calls it has.
+        at: how many of them have ended.
+        number: the first call's number on its channel.
+        small: whether it may be sent while another one runs: the channel has room for it.
+        cost: how many seconds each call will take, by what is known; infinity if nothing is.
+        deaths: how many workers died before they began its next call.
+        cancelled: whether nobody wants it any more.
+        runner: the lease under which it was sent.
     """
 
     __slots__ = (
         "at",
         "buffers",
         "cancelled",
+        "cost",
+        "count",
         "deaths",
         "first",
         "flags",
         "items",
         "kind",
         "name",
+        "number",
         "payload",
         "runner",
         "sink",
+        "site",
+        "small",
         "timeout",
     )
 
@@ -70,6 +89,7 @@ class Task:
         items: list[bytes] | None = None,
         first: int = 0,
         kind: int = messages.CALL,
+        site: str = "",
     ) -> None:
         self.name = name
         self.sink = sink
@@ -79,19 +99,26 @@ class Task:
         self.buffers = buffers
         self.items = items
         self.first = first
-        self.kind = messages.BATCH if items is not None else kind
-        self.at = 0  # how many calls have ended
-        self.deaths = 0  # how many workers died before they began its first call
+        self.kind = kind if items is None else messages.BATCH
+        self.count = 1 if items is None else len(items)
+        self.site = site
+        self.small = not buffers and len(payload) <= LARGEST_AHEAD
+        self.at = 0
+        self.number = 0
+        self.cost = 0.0
+        self.deaths = 0
         self.cancelled = False
-        self.runner: Any = None  # the lease it runs on
-
-    def __len__(self) -> int:
-        return 1 if self.items is None else len(self.items)
+        self.runner: Any = None
 
     @property
     def left(self) -> int:
         """How many calls have not ended."""
-        return len(self) - self.at
+        return self.count - self.at
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next call that has not ended."""
+        return self.number + self.at
 
     def pieces(self, number: int, lease: int) -> list[bytes | memoryview]:
         """The message that asks for all calls, numbered from `number`."""
@@ -100,14 +127,30 @@ class Task:
             payload = messages.pack_batch(payload, self.items)
         return messages.pack(self.kind, self.flags, number, lease, payload, self.buffers)
 
+    def cut(self, at: int) -> Task | None:
+        """Take the calls from the `at`-th on away: a task of those, or None."""
+        if at >= self.count:
+            return None
+        if at <= 0:
+            rest = self
+        else:
+            assert self.items is not None
+            rest = Task(
+                self.name,
+                self.sink,
+                self.flags,
+                self.timeout,
+                self.payload,
+                items=self.items[at:],
+                first=self.first + at,
+                site=self.site,
+            )
+            rest.cancelled = self.cancelled
+            del self.items[at:]
+            self.count = at
+        rest.runner = None
+        return rest
+
     def rest(self) -> Task | None:
         """A task of the calls that have not ended, or None."""
-        if not self.left:
-            return None
-        if self.at:
-            assert self.items is not None
-            self.items = self.items[self.at :]
-            self.first += self.at
-            self.at = 0
-        self.runner = None
-        return self
+        return self.cut(self.at)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 
 from whitepool_mp.client.engine import Engine
 from whitepool_mp.client.link import LinkBroken
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed
+from whitepool_mp.jobs import JobFuture
 
 
 def _look() -> None:
@@ -50,11 +53,27 @@ class Threaded:
             with self._idle:
                 self._idle.notify_all()
 
-    def submit(self, task: Task, site: str = "") -> None:
+    def call(
+        self,
+        member: Member,
+        name: str,
+        flags: int,
+        seconds: float | None,
+        data: bytes,
+        buffers: Sequence[pickle.PickleBuffer],
+        site: str,
+    ) -> JobFuture:
+        """Queue a call; its future."""
+        future = JobFuture(member, name, self)
+        future._task = task = Task(name, future, flags, seconds, data, buffers, site=site)
+        self.submit(task)
+        return future
+
+    def submit(self, task: Task) -> None:
         """Queue a task."""
         if self.stopped:
             raise PoolClosed("the pool was shut down")
-        self.engine.post(self.engine.submit, task, site)
+        self.engine.put(task)
 
     def cancel(self, task: Task) -> None:
         """Give a task up."""

@@ -23,18 +23,21 @@ def describe(
         site: the line of the holder's code that asked for it.
         now: the monotonic clock.
     """
+    state = worker.state.value
+    if worker.kept and not hand.page.busy():
+        state, holder = "idle", None  # it is anyone's for the asking
     row: dict[str, Any] = {
         "pid": hand.pid,
         "slot": worker.slot,
-        "state": worker.state.value,
+        "state": state,
         "age": now - hand.born,
         "since": now - worker.since,
-        "calls": hand.calls(),
+        "calls": hand.page.calls,
         "leases": worker.leases_served,
         "rss": None,
         "cpu_time": None,
         "created": None,
-        "lease": worker.lease,
+        "lease": worker.lease if state != "idle" else None,
         "holder_pid": holder.pid if holder else None,
         "holder_thread": holder.thread if holder else None,
         "site": site if holder else None,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from whitepool_mp.broker import (
     Broker,
+    Busy,
     Cancel,
     Checkin,
     Checkout,
@@ -28,7 +29,9 @@ from whitepool_mp.broker import (
     Event,
     Grant,
     Kill,
+    Recall,
     Refuse,
+    Released,
     Resize,
     Retire,
     Spawn,
@@ -40,11 +43,12 @@ from whitepool_mp.broker import (
     WorkerReady,
     WorkerState,
 )
-from whitepool_mp.config import MAX_WORKERS, Policy
+from whitepool_mp.broker.status import BrokerStatus
 from whitepool_mp.errors import ProtocolError, headline
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
+from whitepool_mp.policy import MAX_WORKERS, Policy
 from whitepool_mp.wire import frames
 
 MAX_OBITUARIES = 4096
@@ -58,8 +62,8 @@ class Workers(Protocol):
     def retire(self, worker: int) -> None: ...
     def kill(self, worker: int, reason: str | None) -> None: ...
     def adopt(self, worker: int, channel: socket.socket) -> bool: ...
+    def recall(self, worker: int, lease: int) -> bool: ...
     def hand(self, worker: int) -> Any: ...
-    def calls_of(self, worker: int) -> int: ...
 
 
 class Manager:
@@ -141,6 +145,9 @@ class Manager:
             self._grant(effect)  # type: ignore[arg-type]
         elif isinstance(effect, Refuse):
             self._refuse(effect)
+        elif isinstance(effect, Recall):
+            if self._crew.recall(effect.worker, effect.lease):
+                self._events.append(Busy(effect.worker, effect.lease))
         elif isinstance(effect, Spawn):
             problem = self._crew.spawn(effect.worker, effect.slot)
             if problem is not None:
@@ -160,7 +167,9 @@ class Manager:
         self._sites[effect.worker] = client.sites.pop(effect.ticket, "")
         self._door.send(
             client,
-            frames.grant(effect.ticket, effect.lease, effect.worker, hand.pid, hand.slot),
+            frames.grant(
+                effect.ticket, effect.lease, effect.worker, hand.pid, hand.slot, effect.keep
+            ),
         )
 
     def _refuse(self, effect: Refuse) -> None:
@@ -175,7 +184,7 @@ class Manager:
 
     def _summary(self) -> str:
         """The numbers, for an error message."""
-        status = self._broker.status()
+        status = self._status()
         text = (
             f"size={status.pool_size}+{status.max_overflow} idle={status.idle} "
             f"leased={status.leased} booting={status.booting} waiting={status.waiting}"
@@ -200,7 +209,11 @@ class Manager:
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
         client.sites[asked.request] = asked.site
-        self.apply(Checkout(client.id, asked.request, asked.block, asked.deadline))
+        self.apply(
+            Checkout(
+                client.id, asked.request, asked.block, asked.deadline, asked.keep, asked.spare_own
+            )
+        )
 
     def _on_checkin(self, client: Client, body: bytes) -> None:
         self.apply(Checkin(client.id, frames.read_lease(body)[0]))
@@ -226,7 +239,7 @@ class Manager:
             return
         with ours, theirs:
             if self._crew.adopt(worker, theirs):
-                self._door.send(client, frames.channel(number, True), (ours, hand.page))
+                self._door.send(client, frames.channel(number, True), (ours, hand.page_fd))
             else:
                 self._door.send(client, frames.channel(number, False))
 
@@ -257,8 +270,16 @@ class Manager:
             # It lives and cannot be reached. Otherwise its exit is about to be reported.
             self.apply(Destroy(holder.id, lease, "its channel broke while it was alive"))
 
-    def _on_status(self, client: Client, body: bytes) -> None:
+    def _status(self) -> BrokerStatus:
+        """The broker's counts, with kept leases under which nothing runs as idle: they are anyone's
+        for the asking."""
         status = self._broker.status()
+        hands = (self._crew.hand(worker.id) for worker in self._broker.kept_workers())
+        free = sum(hand is not None and not hand.page.busy() for hand in hands)
+        return status._replace(idle=status.idle + free, leased=status.leased - free)
+
+    def _on_status(self, client: Client, body: bytes) -> None:
+        status = self._status()
         value = {
             "pool_size": status.pool_size,
             "max_overflow": status.max_overflow,
@@ -297,6 +318,8 @@ class Manager:
 
     def _on_drain(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
+        for each in list(self._door.clients.values()):
+            self._door.send(each, frames.draining())
         self.apply(Drain())
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
@@ -329,6 +352,11 @@ class Manager:
             return True
         self._crew.kill(worker, "it said twice how its start went (did its factory fork?)")
         return False
+
+    def worker_released(self, worker: int, lease: int) -> None:
+        """No call under this lease runs or will begin."""
+        if self._broker.worker(worker) is not None:
+            self.apply(Released(worker, lease))
 
     def worker_exited(self, worker: int, obituary: Obituary) -> None:
         """A worker's process is gone."""

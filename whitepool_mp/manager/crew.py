@@ -27,7 +27,7 @@ from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import nursery as nurseries
 
@@ -39,6 +39,7 @@ class Listener(Protocol):
 
     def worker_ready(self, worker: int) -> None: ...
     def worker_failed(self, worker: int, reason: str) -> None: ...
+    def worker_released(self, worker: int, lease: int) -> None: ...
     def worker_exited(self, worker: int, obituary: Obituary) -> None: ...
 
 
@@ -51,27 +52,29 @@ class Hand:
         "decoder",
         "kill_reason",
         "page",
+        "page_fd",
         "pid",
         "process",
         "slot",
         "worker",
     )
 
-    def __init__(self, worker: int, slot: int, control: socket.socket, page: int, born: float):
+    def __init__(self, worker: int, slot: int, control: socket.socket, page_fd: int, born: float):
+        self.page = pages.Page(page_fd, pages.NUMBERS)
+        self.page_fd = page_fd
         self.worker = worker
         self.slot = slot
         self.control = control
         self.decoder = frames.FrameDecoder()
-        self.page = page
         self.born = born
         self.pid: int | None = None
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
 
-    def calls(self) -> int:
-        """How many calls it has begun, as it noted on its page."""
-        _, count = messages.PAGE.unpack(os.pread(self.page, messages.PAGE.size, 0))
-        return int(count)
+    def close(self) -> None:
+        """Let go of the page."""
+        self.page.close()
+        os.close(self.page_fd)
 
 
 class Crew:
@@ -85,6 +88,7 @@ class Crew:
         lifeline: the read end of the pipe whose end-of-file tells everyone that the manager is
             gone; the write end must exist in this process only.
         start_timeout: how long a worker may take to be born and ready, in seconds.
+        nursery: the first nursery, already forked: its pid and this process's end to it.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Crew:
         clock: Callable[[], float],
         lifeline: int,
         start_timeout: float,
+        nursery: tuple[int, socket.socket],
     ) -> None:
         self._boot = boot
         self._loop = loop
@@ -112,6 +117,7 @@ class Crew:
         self._sweep_due = False
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = _open_children()
+        self._take_nursery(*nursery)
 
     # --- what the manager asks ------------------------------------------------------------
 
@@ -122,23 +128,6 @@ class Crew:
     def __len__(self) -> int:
         return len(self._hands)
 
-    def start_nursery(self) -> None:
-        """Fork the nursery, if there is none."""
-        if self._nursery is not None:
-            return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                pid = os.fork()
-            except OSError:
-                ours.close()
-                raise
-            if pid == 0:
-                nurseries.main(self._boot, theirs, self._lifeline)
-        ours.setblocking(False)
-        self._nursery, self._nursery_pid, self._nursery_word = ours, pid, ""
-        self._loop.add(ours.fileno(), self._hear_nursery)
-
     def spawn(self, worker: int, slot: int) -> str | None:
         """Order a new worker.
 
@@ -147,17 +136,18 @@ class Crew:
         """
         fds: list[int] = []
         try:
-            self.start_nursery()
+            if self._nursery is None:
+                self._take_nursery(*nurseries.fork(self._boot, self._lifeline))
             page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
             fds.append(page)
-            os.ftruncate(page, messages.PAGE_SIZE)
+            os.ftruncate(page, pages.SIZE)
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
+            hand = Hand(worker, slot, ours, page, self._clock())
         except OSError as error:
             for fd in fds:
                 os.close(fd)
             return f"the manager cannot start a worker: {type(error).__name__}: {error}"
-        hand = Hand(worker, slot, ours, page, self._clock())
         self._hands[worker] = self._unborn[worker] = hand
         order = nurseries.SPAWN.pack(nurseries.SPAWN_KIND, worker, slot)
         self._orders.append((order, [theirs], [page]))
@@ -205,10 +195,18 @@ class Crew:
             )
         os.kill(self._nursery_pid, signal.SIGKILL)
 
-    def calls_of(self, worker: int) -> int:
-        """How many calls a worker has begun."""
+    def recall(self, worker: int, lease: int) -> bool:
+        """Take a lease back through its worker, which says RELEASED when no call under it runs.
+
+        Returns:
+            Whether a call may be running now.
+        """
         hand = self._hands.get(worker)
-        return 0 if hand is None else hand.calls()
+        if hand is None:
+            return False
+        busy = hand.page.recall(lease)
+        self._tell(hand, frames.recall(lease))
+        return busy
 
     # --- deaths ---------------------------------------------------------------------------
 
@@ -255,12 +253,12 @@ class Crew:
             exitcode=exitcode,
             age=self._clock() - hand.born,
             peak_rss=peak,
-            calls=hand.calls(),
-            stack=read_stack(hand.page),
+            calls=hand.page.calls,
+            stack=read_stack(hand.page_fd),
             reason=why or (hand.kill_reason if exitcode in (None, -signal.SIGKILL) else None),
         )
         self._drop_control(hand)
-        os.close(hand.page)
+        hand.close()
         self._listener.worker_exited(hand.worker, obituary)
 
     def _sweep(self, last: bool = False) -> int:
@@ -284,6 +282,11 @@ class Crew:
         return len(strays)
 
     # --- the nursery ----------------------------------------------------------------------
+
+    def _take_nursery(self, pid: int, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._nursery, self._nursery_pid, self._nursery_word = sock, pid, ""
+        self._loop.add(sock.fileno(), self._hear_nursery)
 
     def _send_orders(self) -> None:
         nursery = self._nursery
@@ -381,6 +384,8 @@ class Crew:
                     self._listener.worker_ready(hand.worker)
                 elif body[0] == frames.FAILED:
                     self._listener.worker_failed(hand.worker, frames.read_plain(body))
+                elif body[0] == frames.RELEASED:
+                    self._listener.worker_released(hand.worker, frames.read_lease(body)[0])
 
     def _tell(self, hand: Hand, data: bytes, passed: socket.socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from whitepool_mp.wire import messages
+from whitepool_mp.wire import pages
 
 _PF_EXITING = 0x4
 _LONGEST_STACK = 32_000
-_OWN_FRAME = re.compile(
+_OWN_FRAME = (
     r'File ".*/whitepool_mp/(worker|manager)/\w+\.py"|File "<string>", line \d+ in <module>'
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Obituary:
+class Obituary(NamedTuple):
     """One worker's end. Times in seconds, memory in bytes; None is unknown.
 
     `exitcode` is negative for a signal; `reason` says why the pool killed it, if it did.
@@ -46,15 +43,17 @@ class Obituary:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the wire."""
-        return asdict(self)
+        return self._asdict()
 
 
 def read_stack(page: int) -> str | None:
     """What faulthandler wrote behind the shared page, or None; without the worker's own frames."""
-    text = os.pread(page, _LONGEST_STACK, messages.PAGE_SIZE).decode("utf-8", "replace").strip()
+    text = os.pread(page, _LONGEST_STACK, pages.SIZE).decode("utf-8", "replace").strip()
     if not text:
         return None
-    return "\n".join(line for line in text.splitlines() if not _OWN_FRAME.search(line))
+    import re
+
+    return "\n".join(line for line in text.splitlines() if not re.search(_OWN_FRAME, line))
 
 
 def is_exiting(pid: int | None) -> bool:

@@ -1,7 +1,7 @@
 """Control frames: what clients, the manager and the workers say to each other about workers.
 
-    client  --CHECKOUT, CHECKIN, ...-->  manager  --ADOPT, RETIRE-->  worker
-            <--GRANT, REFUSED, ...----            <--READY, FAILED--
+    client  --CHECKOUT, CHECKIN, ...-->  manager  --ADOPT, RECALL, RETIRE-->   worker
+            <--GRANT, REFUSED, ...----            <--READY, FAILED, RELEASED--
 
 A frame is a length and a body, the length in the form that `multiprocessing.connection` uses
 (`!i`). A body is one byte of kind, then fixed fields, then at most one text or JSON tail. There
@@ -48,22 +48,26 @@ GRANT = 67
 REFUSED = 68
 CHANNEL = 69
 REPLY = 70
+DRAINING = 71
 # Between manager and worker.
 ADOPT = 128
 RETIRE = 129
 READY = 130
 FAILED = 131
+RECALL = 132
+RELEASED = 133
 
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")
 _AUTH = struct.Struct("!B32s32s16sI")
 _CHECKOUT = struct.Struct("!BIBd")
+_BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
 _LEASE = struct.Struct("!BQ")
 _REQUEST_LEASE = struct.Struct("!BIQ")
 _RESIZE = struct.Struct("!BIII")
 _NONCE = struct.Struct("!B32s")
-_GRANT = struct.Struct("!BIQIII")
+_GRANT = struct.Struct("!BIQIII?")
 _REFUSED = struct.Struct("!BIB")
 _CHANNEL = struct.Struct("!BIB")
 
@@ -79,12 +83,18 @@ class Auth(NamedTuple):
 
 
 class Checkout(NamedTuple):
-    """A request for a worker; `deadline` is in seconds of the system-wide monotonic clock."""
+    """A request for a worker; `deadline` is in seconds of the system-wide monotonic clock.
+
+    `keep`: the lease is for jobs, and may be recalled between them. `spare_own`: not so that those
+    which this client keeps are recalled for this one.
+    """
 
     request: int
     block: bool
     deadline: float | None
     site: str
+    keep: bool = False
+    spare_own: bool = False
 
 
 class Grant(NamedTuple):
@@ -95,6 +105,7 @@ class Grant(NamedTuple):
     worker: int
     pid: int
     slot: int
+    keep: bool
 
 
 class Refused(NamedTuple):
@@ -187,22 +198,32 @@ def read_auth(body: bytes) -> Auth:
     return Auth(nonce, proof, member, pid, _text(body, _AUTH.size))
 
 
-def checkout(request: int, block: bool, deadline: float | None, site: str) -> bytes:
+def checkout(
+    request: int,
+    block: bool,
+    deadline: float | None,
+    site: str,
+    keep: bool = False,
+    spare_own: bool = False,
+) -> bytes:
     """Ask for a worker."""
     when = float("inf") if deadline is None else deadline
-    return frame(_CHECKOUT.pack(CHECKOUT, request, block, when) + _clip(site, 400))
+    flags = _BLOCK * block | _KEEP * keep | _SPARE_OWN * spare_own
+    return frame(_CHECKOUT.pack(CHECKOUT, request, flags, when) + _clip(site, 400))
 
 
 def read_checkout(body: bytes) -> Checkout:
     """Decode CHECKOUT."""
-    _, request, block, deadline = _unpack(_CHECKOUT, body)
+    _, request, flags, deadline = _unpack(_CHECKOUT, body)
     if deadline != deadline:
         raise ProtocolError("a checkout whose deadline is not a number")
     return Checkout(
         request,
-        bool(block),
+        bool(flags & _BLOCK),
         None if deadline == float("inf") else deadline,
         _text(body, _CHECKOUT.size),
+        bool(flags & _KEEP),
+        bool(flags & _SPARE_OWN),
     )
 
 
@@ -228,7 +249,7 @@ def destroy(lease: int, reason: str) -> bytes:
 
 
 def read_lease(body: bytes) -> tuple[int, str]:
-    """Decode CHECKIN or DESTROY: the lease and the reason."""
+    """Decode CHECKIN, DESTROY, RECALL or RELEASED: the lease, and the reason of a DESTROY."""
     _, lease = _unpack(_LEASE, body)
     return lease, _text(body, _LEASE.size)
 
@@ -274,9 +295,9 @@ def read_nonce(body: bytes) -> bytes:
     return nonce
 
 
-def grant(request: int, lease: int, worker: int, pid: int, slot: int) -> bytes:
-    """Answer to CHECKOUT: here it is."""
-    return frame(_GRANT.pack(GRANT, request, lease, worker, pid, slot))
+def grant(request: int, lease: int, worker: int, pid: int, slot: int, keep: bool = False) -> bytes:
+    """Answer to CHECKOUT: here it is, and whether it may be kept between calls."""
+    return frame(_GRANT.pack(GRANT, request, lease, worker, pid, slot, keep))
 
 
 def read_grant(body: bytes) -> Grant:
@@ -308,6 +329,11 @@ def read_channel(body: bytes) -> bool:
     return bool(_unpack(_CHANNEL, body)[2])
 
 
+def draining() -> bytes:
+    """To every client, unasked: finish what was begun, the pool is shutting down."""
+    return frame(_REQUEST.pack(DRAINING, 0))
+
+
 def reply(number: int, value: Any) -> bytes:
     """Answer to WHY, STATUS, WORKERS, RESIZE, DRAIN and TERMINATE, as JSON."""
     import json
@@ -326,6 +352,16 @@ def read_reply(body: bytes) -> Any:
 
 
 # --- manager and worker ---------------------------------------------------------------------
+
+
+def recall(lease: int) -> bytes:
+    """Tell a worker that a lease was taken back."""
+    return frame(_LEASE.pack(RECALL, lease))
+
+
+def released(lease: int) -> bytes:
+    """Answer to RECALL: no call under this lease runs or will begin."""
+    return frame(_LEASE.pack(RELEASED, lease))
 
 
 def plain(kind: int, text: str = "") -> bytes:

@@ -47,12 +47,11 @@ RAISED = 0
 LOADING = 1
 DUMPING = 2
 FENCED = 3
+"""It has not begun and never will: its lease is over."""
+SKIPPED = 4
+"""It has not begun and never will: it was taken back (see `pages`)."""
 
 HEAD = struct.Struct("<BBHIQQ")
-PAGE = struct.Struct("<QQ")
-PAGE_SIZE = mmap.PAGESIZE
-"""The worker's page, shared with its holder and the manager: the token of the call begun last, and
-how many calls were begun. It outlives the worker, so a holder can tell whether its call began."""
 
 _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
@@ -78,9 +77,7 @@ class Message(NamedTuple):
         return pickle.loads(self.payload, buffers=self.buffers)
 
 
-def started_token(lease: int, number: int) -> int:
-    """What a worker writes on its page when it begins a call: one number, so never torn."""
-    return (lease << 24 | number & 0xFFFFFF) & 0xFFFF_FFFF_FFFF_FFFF
+_new = tuple.__new__  # a NamedTuple's own constructor costs three times as much
 
 
 def pack(
@@ -92,11 +89,10 @@ def pack(
     buffers: Sequence[pickle.PickleBuffer] = (),
 ) -> list[bytes | memoryview]:
     """A message as pieces to write one after the other; one piece when it is small."""
-    head = HEAD.pack(kind, flags, len(buffers), number, token, len(payload))
     if not buffers:
-        if len(payload) < _BUFFER:
-            return [head + payload]
-        return [head, payload]
+        head = HEAD.pack(kind, flags, 0, number, token, len(payload))
+        return [head + payload] if len(payload) < _BUFFER else [head, payload]
+    head = HEAD.pack(kind, flags, len(buffers), number, token, len(payload))
     raws = [buffer.raw() for buffer in buffers]
     sizes = struct.pack(f"<{len(raws)}Q", *(raw.nbytes for raw in raws))
     return [head + sizes, payload, *raws]
@@ -160,6 +156,18 @@ def room(size: int) -> Any:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def read_all(data: bytes) -> list[Message]:
+    """The messages without buffers that stand one behind the other in some bytes."""
+    found = []
+    view = memoryview(data)
+    at = 0
+    while at < len(data):
+        kind, flags, _, number, token, length = HEAD.unpack_from(data, at)
+        at += HEAD.size + length
+        found.append(Message(kind, flags, number, token, view[at - length : at], ()))
+    return found
+
+
 class MessageReader:
     """Received bytes in, whole messages out, without a copy of large ones.
 
@@ -180,11 +188,14 @@ class MessageReader:
 
     def want(self) -> memoryview:
         """Where the next bytes belong. Never empty."""
+        if self._begin == self._end:
+            if self._targets:
+                return self._targets[-1]
+            self._begin = self._end = 0
+            return self._view
         if self._targets:
             return self._targets[-1]
-        if self._begin == self._end:
-            self._begin = self._end = 0
-        elif self._end == _BUFFER:
+        if self._end == _BUFFER:
             rest = self._buffer[self._begin : self._end]
             self._buffer[: len(rest)] = rest
             self._begin, self._end = 0, len(rest)
@@ -203,8 +214,8 @@ class MessageReader:
 
     @property
     def clean(self) -> bool:
-        """Whether no part of a message is waiting for its rest."""
-        return self._head is None and self._begin == self._end
+        """Whether nothing has come that was not taken out."""
+        return self._begin == self._end and self._head is None
 
     def pop(self) -> Message | None:
         """The next whole message, or None.
@@ -230,7 +241,7 @@ class MessageReader:
             end = body + length
             if end <= self._end:
                 self._begin = end
-                return Message(kind, flags, number, token, self._view[body:end], ())
+                return _new(Message, (kind, flags, number, token, self._view[body:end], ()))
             if length <= _BUFFER - HEAD.size:
                 return None
             sizes: tuple[int, ...] = ()

@@ -33,23 +33,35 @@ def dumps(value: Any) -> Dumped:
         Exception: whatever the value's own pickling raises, when cloudpickle fails as well.
     """
     buffers: list[pickle.PickleBuffer] = []
-
-    def keep_inside(buffer: pickle.PickleBuffer) -> bool:
-        if len(buffers) >= MAX_BUFFERS or buffer.raw().nbytes < OUT_OF_BAND:
-            return True
-        buffers.append(buffer)
-        return False
-
     try:
-        data = pickle.dumps(value, 5, buffer_callback=keep_inside)
+        data = pickle.dumps(value, 5, buffer_callback=buffers.append)
         if b"__main__" not in data:
-            return data, buffers
+            if not buffers or (len(buffers) <= MAX_BUFFERS and all(map(_is_large, buffers))):
+                return data, buffers
+            buffers.clear()
+            return pickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
     except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
         pass
     import cloudpickle
 
     buffers.clear()
-    return cloudpickle.dumps(value, 5, buffer_callback=keep_inside), buffers
+    return cloudpickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
+
+
+def _is_large(buffer: pickle.PickleBuffer) -> bool:
+    return buffer.raw().nbytes >= OUT_OF_BAND
+
+
+def _sorter(buffers: list[pickle.PickleBuffer]) -> Callable[[pickle.PickleBuffer], bool]:
+    """Collect large buffers, as many as a message may have; the others stay in the pickle."""
+
+    def keep_inside(buffer: pickle.PickleBuffer) -> bool:
+        if len(buffers) >= MAX_BUFFERS or not _is_large(buffer):
+            return True
+        buffers.append(buffer)
+        return False
+
+    return keep_inside
 
 
 def dumps_inside(value: Any) -> bytes:
@@ -78,6 +90,11 @@ def qualified_name(function: Any) -> str:
         return shorten(function)
     module = getattr(function, "__module__", None)
     return f"{module}.{name}" if module not in (None, "builtins", "__main__") else str(name)
+
+
+def named(what: Any) -> str:
+    """The name of a function, or the name itself."""
+    return what if isinstance(what, str) else qualified_name(what)
 
 
 def shorten(value: Any, limit: int = 80) -> str:
@@ -269,6 +286,7 @@ __all__ = [
     "failure_traceback",
     "load_failure",
     "loads",
+    "named",
     "qualified_name",
     "shorten",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import mmap
+import gc
 import os
 import resource as limits
 import signal
@@ -21,7 +21,7 @@ import traceback
 from types import TracebackType
 from typing import NoReturn
 
-from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire import frames, pages, payload
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import context, linux
 from whitepool_mp.worker.serve import Server, flush_output
@@ -68,10 +68,10 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # what was printed before a crash is seen
-    os.lseek(page_fd, messages.PAGE_SIZE, os.SEEK_SET)
+    os.lseek(page_fd, pages.SIZE, os.SEEK_SET)
     faulthandler.enable(page_fd, all_threads=True)
-    if "numpy" in sys.modules:  # forked copies would all draw the same numbers
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # forked copies would all draw the same numbers
+        sys.modules["numpy.random"].seed()
     context._set(context.WorkerContext(slot, os.getpid(), boot.name))
 
 
@@ -83,7 +83,8 @@ def boot_soft_limit(hard: int) -> int:
 def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
     control = socket.socket(fileno=control_fd)
     control.setblocking(True)
-    page = mmap.mmap(page_fd, messages.PAGE_SIZE)
+    page = pages.Page(page_fd)
+    page.order_me()
     resource = None
     own = os.getpid()
     if boot.factory is not None:
@@ -119,6 +120,7 @@ def main(boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) 
     """Be a worker in a fresh interpreter (`start_method="loky"`)."""
     from whitepool_mp.wire import boot as boots
 
+    gc.enable()
     boot = boots.read(boot_fd)
     os.close(boot_fd)
     for fd in (control_fd, page_fd):  # they came through an exec, and are to go no further

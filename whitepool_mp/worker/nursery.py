@@ -8,26 +8,26 @@ itself learns how a worker ended, and the nursery's death harms no worker. The m
 before it exits, so a child of the manager's that no BORN announced is never a worker.
 
 The nursery is forked from the manager, single-threaded as well, so it costs no interpreter start.
-It imports the user's `preload` modules: a failure there is reported and ends it; the manager starts
-another when it next wants a worker. When the manager dies without a word (SIGKILL), the nursery
-removes the pool's folder and kills whatever still carries the pool's marker; the kernel
-has killed the workers by then.
+It imports all that a worker needs, and the user's `preload` modules: a failure there is reported
+and ends it; the manager starts another when it next wants a worker. When the manager dies without
+a word (SIGKILL), the nursery removes the pool's folder and kills whatever still carries the pool's
+marker; the kernel has killed the workers by then.
+
+Importing this module is part of the manager's start, so it imports little itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import select
-import shutil
 import signal
 import socket
 import struct
 import sys
-import traceback
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors
@@ -41,14 +41,39 @@ BORN_KIND = 2
 UNBORN_KIND = 3
 BROKEN_KIND = 4
 MAX_TEXT = 32_000
+_LULL_MS = 500
+"""How long there is no order before the nursery imports what later workers may want."""
 
 
-def main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
+def fork(boot: Boot, lifeline: int) -> tuple[int, socket.socket]:
+    """Fork a nursery from this process, the manager.
+
+    Args:
+        boot: what the pool's processes were told at the start.
+        lifeline: the read end of the manager's pipe.
+
+    Returns:
+        The nursery's pid, and the manager's end of the socket pair between them (SOCK_SEQPACKET:
+        several processes write to the other one).
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            raise
+        if pid == 0:
+            _main(boot, theirs, lifeline)
+    return pid, ours
+
+
+def _main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
     """Be the nursery, in a process just forked from the manager. Never returns.
 
     Args:
         boot: what the pool's processes were told at the start.
-        sock: the nursery's end of the socket pair (SOCK_SEQPACKET: several processes write to it).
+        sock: the nursery's end of the socket pair.
         lifeline: the read end of the manager's pipe.
     """
     code = 1
@@ -59,6 +84,8 @@ def main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BaseException:
+        import traceback
+
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -67,7 +94,7 @@ def main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
 def _leave_manager(*keep: int) -> None:
     """Drop what the fork copied: every descriptor but ours (or end-of-file would never come)."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     os.setpgid(0, 0)
     previous = 2
@@ -83,24 +110,30 @@ class _Nursery:
         self._sock = sock
         self._lifeline = lifeline
         self._boot_fd = -1
+        self._fork_exec: Callable[[list[str], tuple[int, ...]], int]
 
     def run(self) -> None:
         os.environ.update(self._boot.env)
         if self._boot.start_method == "loky":
-            import loky.backend.fork_exec  # noqa: F401
+            import subprocess  # noqa: F401  # once here, for every `boots.command`
 
+            self._fork_exec = _lokys_fork_exec()
             self._boot_fd = boots.write(self._boot)
-        elif not self._preload():
-            return
-        elif b"cloudpickle" in (self._boot.factory or b""):
-            import cloudpickle  # noqa: F401
-        gc.collect()
+        else:
+            import whitepool_mp.worker.main  # noqa: F401
+
+            if not self._preload():
+                return
+            if b"cloudpickle" in (self._boot.factory or b""):
+                import cloudpickle  # noqa: F401
+        # What is there stays: no worker looks it through for garbage, and so copies no page of it.
         gc.freeze()
-        warm = False
+        gc.enable()
         poller = select.poll()
         poller.register(self._sock.fileno(), select.POLLIN)
+        warm = False
         while True:
-            if not warm and not poller.poll(0):
+            if not warm and not poller.poll(_LULL_MS):
                 self._warm_up()
                 warm = True
             data, fds = descriptors.receive(self._sock, 64, 4)
@@ -113,6 +146,9 @@ class _Nursery:
     def _preload(self) -> bool:
         if not self._boot.preload:
             return True
+        import importlib
+
+        gc.enable()
         # While user code runs here, the kernel ends this process with the manager.
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
@@ -121,6 +157,8 @@ class _Nursery:
             try:
                 importlib.import_module(name)
             except BaseException:
+                import traceback
+
                 text = f"preload of {name!r} failed:\n{traceback.format_exc()}"
                 self._sock.send(bytes((BROKEN_KIND,)) + text.encode()[-MAX_TEXT:])
                 return False
@@ -129,11 +167,10 @@ class _Nursery:
         return True
 
     def _warm_up(self) -> None:
-        """Nothing to do yet: import what the next workers will want."""
+        """Nothing to do just now: import what the next workers may want."""
         if self._boot.start_method == "forkserver":
             import cloudpickle  # noqa: F401
 
-            gc.collect()
             gc.freeze()
 
     def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
@@ -173,22 +210,41 @@ class _Nursery:
             os._exit(0)
 
     def _exec(self, slot: int, control_fd: int, page_fd: int) -> int:
-        from loky.backend.fork_exec import fork_exec
-
         keep = (self._boot_fd, control_fd, page_fd, self._lifeline)
         command = boots.command(
             self._boot_fd, "whitepool_mp.worker.main", slot, control_fd, page_fd, self._lifeline
         )
-        pid: int = fork_exec(command, keep)
-        return pid
+        return self._fork_exec(command, keep)
 
     def _clean_up(self) -> None:
         """The manager is gone. If it went in order there is nothing left to do here."""
         folder = self._boot.folder
         if not os.path.isdir(folder):
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         kill_marked(self._boot.pool_id)
+
+
+def _lokys_fork_exec() -> Any:
+    """loky's `fork_exec`, from its own file: nothing else of loky is needed here, and importing the
+    package takes longer than all the rest of a start."""
+    from importlib import util
+
+    package = util.find_spec("loky")  # finds it, and runs nothing of it
+    assert package is not None and package.submodule_search_locations is not None
+    path = os.path.join(package.submodule_search_locations[0], "backend", "fork_exec.py")
+    spec = util.spec_from_file_location("loky.backend.fork_exec", path)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fork_exec
+
+
+def remove(folder: str) -> None:
+    """Remove a pool's folder, in which there is at most the socket."""
+    for end, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
+        with contextlib.suppress(OSError):  # somebody was quicker
+            end(path)
 
 
 def kill_marked(pool_id: str) -> None:

@@ -1,18 +1,20 @@
 """The worker's loop: one call at a time, from whoever holds the lease.
 
-    manager --ADOPT (a channel), RETIRE--> |        | <--calls-- holder
-                                           | Server | --answers--> holder
+    manager --ADOPT (a channel), RECALL, RETIRE--> |        | <--calls---- holder
+            <--RELEASED--------------------------- | Server | --answers--> holder
 
 One wait on the control socket and every channel. A channel belongs to a client process that once
 leased this worker; only the process with the newest lease is served (`fence`), others get FENCED.
+Calls may be sent before the one that runs has been answered: they wait in the channel, and until
+they begin they can be taken back, by their sender or together with the lease (`wire.pages`).
 
 Guarantees: before anything of a call's is unpickled, the page says that the call began; each call
-is answered exactly once, or the worker is dead; nothing of a call is kept alive after it.
+is answered exactly once and before the next one begins, or the worker is dead; nothing of a call is
+kept alive after it.
 """
 
 from __future__ import annotations
 
-import mmap
 import select
 import socket
 import sys
@@ -22,8 +24,24 @@ from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.wire import descriptors, frames, messages, payload
-from whitepool_mp.wire.messages import Message, MessageReader
+from whitepool_mp.wire import descriptors, frames, messages, pages, payload
+from whitepool_mp.wire.messages import RESULT, Message, MessageReader
+from whitepool_mp.wire.pages import (
+    BEGUN,
+    CALLS,
+    ENDED,
+    RECALLED,
+    SENDINGS,
+    SKIP_AFTER,
+    SKIP_TO,
+    UNSENT,
+    Page,
+)
+
+_SHORT = 100_000
+"""Nanoseconds. The answer of a call that took this long is sent at once."""
+_HELD_BACK = 200_000
+"""Nanoseconds. For how long short calls go on before their answers are sent."""
 
 
 class Channel:
@@ -41,17 +59,20 @@ class Server:
 
     Args:
         control: the socket to the manager.
-        page: the shared page on which the call begun last is noted.
+        page: where the call begun last is noted, and what was taken back.
         resource: what the factory built.
         has_resource: whether there was a factory.
     """
 
     def __init__(
-        self, control: socket.socket, page: mmap.mmap, resource: Any, has_resource: bool
+        self, control: socket.socket, page: Page, resource: Any, has_resource: bool
     ) -> None:
         self._control = control
         self._decoder = frames.FrameDecoder()
-        self._page = page
+        self._words = page.words
+        self._outbox = page.outbox
+        self._unsent = 0  # bytes in there
+        self._unsent_since = 0
         self._resource = resource
         self._has_resource = has_resource
         self._channels: dict[int, Channel] = {}
@@ -95,6 +116,12 @@ class Server:
                 sock.setblocking(True)
                 self._channels[sock.fileno()] = Channel(sock)
                 self._poll.register(sock.fileno(), select.EPOLLIN)
+            elif body[0] == frames.RECALL:
+                lease, _ = frames.read_lease(body)
+                if lease >= self._fence:
+                    self._fence = lease + 1
+                    self._kept.clear()
+                self._control.sendall(frames.released(lease))
             elif body[0] == frames.RETIRE:
                 self._retired = True
                 return False
@@ -118,60 +145,74 @@ class Server:
                 return
             reader.received(count)
             while (message := reader.pop()) is not None:
-                self._serve(channel.sock, message)
+                self._serve(channel, message)
+            if self._unsent:
+                self._send_unsent(channel)
         except (ConnectionError, ProtocolError):
             # The client is gone, or speaks nonsense: its channel ends, others go on. A lease that
             # it held is the manager's to take back.
             self._drop(channel)
 
-    def _serve(self, sock: socket.socket, message: Message) -> None:
+    def _serve(self, channel: Channel, message: Message) -> None:
         lease = message.token
-        if lease != self._fence:
-            if lease < self._fence:
-                if message.kind != messages.RELEASE:
-                    self._refuse(sock, message)
-                return
+        if lease > self._fence:
             self._fence = lease
             self._kept.clear()
         if message.kind == messages.CALL:
-            self._call(sock, message)
+            self._call(channel, message)
         elif message.kind == messages.METHOD:
-            self._method(sock, message)
+            self._method(channel, message)
         elif message.kind == messages.BATCH:
-            self._batch(sock, message)
+            self._batch(channel, message)
         elif message.kind == messages.RELEASE:
-            self._kept.clear()
+            if lease == self._fence:
+                self._kept.clear()
         else:
             raise ProtocolError(f"a client sent a message of kind {message.kind}")
 
-    def _begin(self, lease: int, number: int) -> None:
-        self._calls += 1
-        messages.PAGE.pack_into(self._page, 0, messages.started_token(lease, number), self._calls)
+    def _begin(self, channel: Channel, lease: int, number: int) -> bool:
+        """Whether a call may begin; if not, it is refused. The page says so before anything else.
 
-    def _refuse(self, sock: socket.socket, message: Message) -> None:
-        pieces = messages.pack(messages.ERROR, messages.FENCED, message.number, 0, b"")
-        messages.send_all(sock, pieces)
+        It says first that the call begins and looks then whether it was taken back: who takes it
+        back does both the other way round.
+        """
+        words = self._words
+        calls = self._calls + 1
+        token = pages.token(lease, number)
+        words[CALLS] = calls
+        words[BEGUN] = token
+        if lease >= self._fence and words[RECALLED] < lease:
+            if not words[SKIP_AFTER] < token <= words[SKIP_TO]:
+                self._calls = calls
+                return True
+            why = messages.SKIPPED
+        else:
+            why = messages.FENCED
+        words[CALLS] = self._calls
+        self._answer(channel, messages.pack(messages.ERROR, why, number, 0, b""))
+        return False
 
-    def _call(self, sock: socket.socket, message: Message) -> None:
-        self._begin(message.token, message.number)
+    def _call(self, channel: Channel, message: Message) -> None:
+        _, flags, number, lease, data, buffers = message
+        if not self._begin(channel, lease, number):
+            return
         started = time.perf_counter_ns()
         try:
-            if message.flags & messages.SPLIT:
-                function_pickle, rest = messages.read_split(message.payload)
+            if flags & messages.SPLIT:
+                function_pickle, data = messages.read_split(data)
                 function = payload.loads(function_pickle)
-                args, kwargs = payload.loads(rest, buffers=message.buffers)
+                args, kwargs = payload.loads(data, buffers=buffers)
             else:
-                function, args, kwargs = message.load()
+                function, args, kwargs = payload.loads(data, buffers=buffers)
         except BaseException as error:
-            self._fail(sock, message.number, messages.LOADING, error, started)
+            self._fail(channel, number, messages.LOADING, error, started)
             return
-        number, flags = message.number, message.flags
-        del message
-        self._run(sock, number, flags, function, args, kwargs, started)
+        del message, data, buffers
+        self._run(channel, number, flags, function, args, kwargs, started)
 
     def _run(
         self,
-        sock: socket.socket,
+        channel: Channel,
         number: int,
         flags: int,
         function: Callable[..., Any],
@@ -185,31 +226,86 @@ class Server:
             else:
                 value = function(*args, **kwargs)
         except BaseException as error:
-            self._fail(sock, number, messages.RAISED, error, started)
+            self._fail(channel, number, messages.RAISED, error, started)
             return
         took = time.perf_counter_ns() - started
         try:
             data, buffers = payload.dumps(value)
         except BaseException as error:
-            self._fail(sock, number, messages.DUMPING, error, started, function, value)
+            self._fail(channel, number, messages.DUMPING, error, started, function, value)
             return
-        messages.send_all(sock, messages.pack(messages.RESULT, 0, number, took, data, buffers))
+        self._answer(channel, messages.pack(RESULT, 0, number, took, data, buffers), took)
 
-    def _method(self, sock: socket.socket, message: Message) -> None:
-        self._begin(message.token, message.number)
-        started = time.perf_counter_ns()
+    def _answer(
+        self, channel: Channel, pieces: list[bytes | memoryview], took: int = _SHORT
+    ) -> None:
+        """Send an answer, or put it with others that are sent together soon.
+
+        The page says that its call has ended before its reader can look there, and not while this
+        waits for the reader to make room.
+        """
+        words = self._words
+        data = pieces[0]
+        if len(pieces) > 1:
+            self._send_unsent(channel)
+            messages.send_all(channel.sock, pieces)
+            words[ENDED] = self._calls
+            return
+        if took < _SHORT and not channel.reader.clean and self._put(channel, data):
+            words[ENDED] = self._calls
+            return
+        if self._unsent:
+            self._send_unsent(channel)
+        words[ENDED] = self._calls
+        try:
+            sent = channel.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            words[ENDED] = self._calls - 1
+            channel.sock.sendall(memoryview(data)[sent:])
+            words[ENDED] = self._calls
+
+    def _put(self, channel: Channel, data: bytes | memoryview) -> bool:
+        """Keep a short job's answer until the next ones are there; whether there is room.
+
+        It lies in shared memory: if this process dies now, it is found there.
+        """
+        now = time.perf_counter_ns()
+        start = self._unsent
+        if not start:
+            self._unsent_since = now
+        elif now - self._unsent_since > _HELD_BACK:
+            return False
+        end = start + len(data)
+        if end > pages.OUTBOX:
+            return False
+        self._outbox[start:end] = data
+        self._words[UNSENT] = self._unsent = end
+        return True
+
+    def _send_unsent(self, channel: Channel) -> None:
+        if self._unsent:
+            channel.sock.sendall(self._outbox[: self._unsent])
+            self._words[SENDINGS] += 1
+            self._words[UNSENT] = self._unsent = 0
+
+    def _method(self, channel: Channel, message: Message) -> None:
         number = message.number
+        if not self._begin(channel, message.token, number):
+            return
+        started = time.perf_counter_ns()
         try:
             target_id, name, args, kwargs = message.load()
             target = self._kept[target_id] if target_id else self._resource
         except BaseException as error:
-            self._fail(sock, number, messages.LOADING, error, started)
+            self._fail(channel, number, messages.LOADING, error, started)
             return
         del message
         try:
             value = getattr(target, name)(*args, **kwargs)
         except BaseException as error:
-            self._fail(sock, number, messages.RAISED, error, started)
+            self._fail(channel, number, messages.RAISED, error, started)
             return
         del args, kwargs
         took = time.perf_counter_ns() - started
@@ -223,29 +319,30 @@ class Server:
                 self._kept[key] = value
             data, _ = payload.dumps((key, type(value).__qualname__))
             flags, buffers = messages.REFERENCE, []
-        messages.send_all(sock, messages.pack(messages.RESULT, flags, number, took, data, buffers))
+        self._answer(channel, messages.pack(RESULT, flags, number, took, data, buffers))
 
-    def _batch(self, sock: socket.socket, message: Message) -> None:
+    def _batch(self, channel: Channel, message: Message) -> None:
         function_pickle, items = messages.read_batch(message.payload)
         lease, number, flags = message.token, message.number, message.flags
         del message
         function: Callable[..., Any] | None = None
         for offset, item in enumerate(items):
-            self._begin(lease, number + offset)
+            if not self._begin(channel, lease, number + offset):
+                continue
             started = time.perf_counter_ns()
             try:
                 if function is None:
                     function = payload.loads(function_pickle)
                 args, kwargs = payload.loads(item)
             except BaseException as error:
-                self._fail(sock, number + offset, messages.LOADING, error, started)
+                self._fail(channel, number + offset, messages.LOADING, error, started)
                 continue
-            self._run(sock, number + offset, flags, function, args, kwargs, started)
+            self._run(channel, number + offset, flags, function, args, kwargs, started)
             del args, kwargs
 
     def _fail(
         self,
-        sock: socket.socket,
+        channel: Channel,
         number: int,
         step: int,
         error: BaseException,
@@ -268,7 +365,7 @@ class Server:
         data = payload.dump_failure(error, text)
         took = time.perf_counter_ns() - started
         error.__traceback__ = None
-        messages.send_all(sock, messages.pack(messages.ERROR, step, number, took, data))
+        self._answer(channel, messages.pack(messages.ERROR, step, number, took, data))
 
 
 def flush_output() -> None:

@@ -1,0 +1,166 @@
+"""A worker held by this process, in blocking code: what a `Lease` and `Session.run` have in hand.
+
+    granted --exchange, exchange, ...--> released | abandoned | lost | recalled
+
+A hold that the manager lets `run` keep stays with the process between calls (`Member.kept`), until
+a call finds that it was recalled, or the worker dead: neither of these calls had begun.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from whitepool_mp.client.channel import Channel, ChannelBroken
+from whitepool_mp.client.link import Link, LinkBroken, TimedOut
+from whitepool_mp.errors import WhitepoolError
+from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire.messages import Message
+
+if TYPE_CHECKING:
+    from whitepool_mp.client.member import Member
+
+_WHY_SECONDS = 10.0
+RECALLED = "recalled"
+"""How a kept hold ended that the pool wanted back."""
+
+
+class Hold:
+    """A leased worker and the way to it. One call at a time; used by one thread at a time.
+
+    Attributes:
+        ended: how it ended, None while it is good.
+        told: whether the manager knows that it has ended.
+        keep: whether it may be kept between calls, and may be recalled then.
+    """
+
+    __slots__ = (
+        "channel",
+        "ended",
+        "id",
+        "keep",
+        "link",
+        "number",
+        "pid",
+        "process",
+        "slot",
+        "told",
+        "worker",
+    )
+
+    def __init__(self, link: Link, grant: frames.Grant) -> None:
+        self.told = False
+        self.ended: str | None = None
+        self.process = os.getpid()
+        self.link = link
+        _, self.id, self.worker, self.pid, self.slot, self.keep = grant
+        self.number = 0
+        self.channel: Channel | None = None
+
+    def exchange(
+        self,
+        member: Member,
+        kind: int,
+        flags: int,
+        data: bytes,
+        buffers: Sequence[Any],
+        deadline: float | None,
+    ) -> Message:
+        """Send a request and wait for its answer.
+
+        Raises:
+            TimedOut, ChannelBroken, LinkBroken, LeaseError: there is none; whoever calls ends the
+                hold.
+        """
+        self.number = number = (self.number + 1) & 0xFFFF_FFFF
+        channel = self.channel
+        if channel is None:
+            channel = self.channel = member.channel(self.worker, self.id, deadline)
+        pieces = messages.pack(kind, flags, number, self.id, data, buffers)
+        message = channel.exchange(pieces, deadline)
+        if message.number != number:
+            raise ChannelBroken
+        return message
+
+    def began(self) -> bool:
+        """Whether the worker had begun the last call, also after its death."""
+        return self.channel is not None and self.channel.began(self.id, self.number)
+
+    def release(self, member: Member | None, how: str = "checked in") -> None:
+        """Give the worker back; and the channel, if the pool's member here is still there."""
+        self.ended = how
+        channel, self.channel = self.channel, None
+        if member is not None:
+            member.return_channel(self.worker, channel)
+        self._tell_manager(frames.checkin(self.id))
+        self.told = True
+
+    def abandon(self, how: str, reason: str) -> None:
+        """Have the worker killed; the hold and its channel are over."""
+        self.ended = how
+        self.drop_channel()
+        self._tell_manager(frames.destroy(self.id, reason))
+        self.told = True
+
+    def drop_channel(self) -> None:
+        """Close the channel to a worker that is dead or was given up."""
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.close()
+
+    def interrupt(self, reason: str) -> None:
+        """Have the worker killed under another thread's call, which finds its channel ended."""
+        self.ended = f"ended ({reason})"
+        self._tell_manager(frames.destroy(self.id, reason))
+        self.told = True
+        channel = self.channel
+        if channel is not None:
+            channel.hang_up()
+
+    def recalled(self) -> Channel | None:
+        """The pool has taken the worker back; the channel is of use to the next lease."""
+        self.ended = RECALLED
+        self.told = True
+        channel, self.channel = self.channel, None
+        return channel
+
+    def lose(self) -> None:
+        """The channel broke before a call began: nothing is lost but the worker."""
+        self.abandon("lost (its worker died)", "its channel broke")
+
+    def autopsy(self, member: Member) -> dict[str, Any] | WhitepoolError | None:
+        """The channel broke: what the manager tells of the worker's end; the hold is over.
+
+        Returns:
+            The obituary, None if the manager knows nothing, or why there is nobody to ask.
+        """
+        self.drop_channel()
+        self.ended = "lost (its worker died)"
+        self.told = True
+        try:
+            deadline = time.monotonic() + _WHY_SECONDS
+            told: dict[str, Any] | None = member.link(deadline).why(self.id, deadline)
+            return told
+        except (LinkBroken, WhitepoolError):
+            return member.gone()
+        except TimedOut:
+            self._tell_manager(frames.destroy(self.id, "its channel broke"))
+            return None
+
+    def _tell_manager(self, data: bytes) -> None:
+        try:
+            self.link.send(data)
+        except LinkBroken:
+            return  # the manager is gone, and every worker with it
+
+    def __del__(self) -> None:
+        # Kept by a session that is gone, or an interrupt came between getting it and using it. (A
+        # copy in a forked child is nobody's to end.)
+        if getattr(self, "told", True) or self.process != os.getpid():
+            return
+        if self.ended is None:
+            self.release(None)
+        else:
+            self._tell_manager(frames.destroy(self.id, "its end was interrupted"))

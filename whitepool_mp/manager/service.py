@@ -1,0 +1,101 @@
+"""What the manager does between its start and its end: it serves, in one loop.
+
+It ends when the pool is drained or terminated, or its owner dies (a pidfd in the one wait). Its
+last acts: every worker and the nursery dead and reaped, the folder removed, whoever waits for the
+end told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import time
+
+from whitepool_mp.broker import Terminate
+from whitepool_mp.manager.clients import Door
+from whitepool_mp.manager.core import Manager
+from whitepool_mp.manager.crew import Crew
+from whitepool_mp.manager.loop import Loop
+from whitepool_mp.policy import Policy
+from whitepool_mp.wire.boot import Boot
+from whitepool_mp.worker import nursery as nurseries
+
+LAST_SECONDS = 2.0
+"""How long pools that ran inside workers have for their own end, before this one ends."""
+WARM_UP_SECONDS = 0.5
+"""When to import what is wanted later: not while the first callers wait."""
+
+
+def serve(
+    boot: Boot, listener_fd: int, owner: int, lifeline: int, nursery: tuple[int, socket.socket]
+) -> None:
+    """Serve a pool until it has ended.
+
+    Args:
+        boot: what pool it is.
+        listener_fd: the listening socket, bound by the owner.
+        owner: a descriptor that is readable once the owner has ended.
+        lifeline: the read end of the pipe whose other end is this process's alone.
+        nursery: the nursery's pid and this process's end to it.
+    """
+    policy = Policy(*boot.policy)
+    loop = Loop()
+    manager = Manager(policy, loop, time.monotonic)
+    crew = Crew(boot, loop, manager, time.monotonic, lifeline, policy.start_timeout, nursery)
+    door = Door(socket.socket(fileno=listener_fd), boot.key, loop, manager, time.monotonic)
+    _watch_signals(loop, manager, crew)
+    loop.add(owner, lambda _: _owner_died(loop, owner, manager))
+    manager.start(crew, door)
+    import hmac  # noqa: F401  # for the first client; the nursery has its order meanwhile
+
+    gc.freeze()
+    gc.enable()
+    crew.reap()  # of a nursery that died before its death could be told by a signal
+    while not manager.finished:
+        manager.turn()
+    left = crew.end_nursery()
+    deadline = time.monotonic() + LAST_SECONDS
+    while left and (now := time.monotonic()) < deadline:
+        loop.turn(deadline - now)  # SIGCHLD: somebody ended, and was reaped
+        left = crew.end_nursery()
+    crew.kill_rest()
+    nurseries.remove(boot.folder)
+    manager.answer_drainers()
+    door.close()
+
+
+def _owner_died(loop: Loop, owner: int, manager: Manager) -> None:
+    loop.remove(owner)
+    manager.apply(Terminate())
+
+
+def _watch_signals(loop: Loop, manager: Manager, crew: Crew) -> None:
+    """Signals wake the loop through a pipe: SIGCHLD, SIGTERM, and SIGALRM once, soon after the
+    start, to warm up. SIGINT is the owner's affair."""
+    wakeup_read, wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, WARM_UP_SECONDS)
+
+    def woken(_: int) -> None:
+        numbers = os.read(wakeup_read, 65536)
+        if signal.SIGTERM in numbers:
+            manager.apply(Terminate())
+        crew.reap()
+        if signal.SIGALRM in numbers:
+            _warm_up()
+
+    loop.add(wakeup_read, woken)
+
+
+def _warm_up() -> None:
+    """Have ready what is wanted later: there may be no descriptor to import it with then."""
+    with contextlib.suppress(OSError, ImportError):  # there is none now
+        import json  # noqa: F401
+
+        import whitepool_mp.manager.census  # noqa: F401

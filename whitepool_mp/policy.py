@@ -1,0 +1,31 @@
+"""What the broker has to know of a pool: plain numbers, in a module that costs nothing to import.
+
+The manager reads this and not `config`, whose checking of options is the owner's affair.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+__all__ = ["MAX_WORKERS", "Policy", "Strategy"]
+
+Strategy = Literal["lifo", "fifo"]
+
+MAX_WORKERS = 10_000
+"""Upper bound of ``pool_size + max_overflow``: beyond it a typing error is likelier than a wish."""
+
+
+class Policy(NamedTuple):
+    """What the broker has to know of a pool; times are in seconds.
+
+    A plain value: `PoolConfig.policy` makes it from checked options, a test may write it by hand.
+    """
+
+    pool_size: int
+    max_overflow: int
+    strategy: Strategy = "lifo"
+    overflow_ttl: float = 5.0
+    start_timeout: float = 60.0
+    stop_timeout: float = 5.0
+    backoff_first: float = 0.05
+    backoff_max: float = 10.0

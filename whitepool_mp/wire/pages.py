@@ -1,0 +1,145 @@
+"""The worker's page: a little memory that outlives it, shared with the manager and its holders.
+
+    worker  --begun, calls, ended, answers-->  page  <--skip (holder), recalled (manager)--
+
+It tells, at any moment and also after the worker's death, which call was begun last; and it takes
+calls back that were sent and not begun. Both sides of that write their own number first and read
+the other's after it; whoever takes back has the kernel order the two (`barrier`), so that a call is
+either seen to have begun or is refused by the worker, or both, and never neither.
+
+Answers that a worker has not sent yet, because more calls are waiting and one write for many is
+cheaper, lie here too: they are not lost with it, and whoever does not want to wait reads them here.
+
+Guarantees: each number is written and read whole (one aligned machine word).
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from whitepool_mp.wire import barrier
+
+NUMBERS = mmap.PAGESIZE
+OUTBOX = 1 << 16
+"""Bytes of answers that there is room for."""
+SIZE = NUMBERS + OUTBOX
+"""Bytes of all of it; a crash report may lie behind."""
+
+BEGUN = 0
+"""The token of the call begun last."""
+CALLS = 1
+"""How many calls were begun. While a call runs it differs from ENDED."""
+ENDED = 2
+"""How many calls have ended."""
+SKIP_AFTER = 3
+"""Calls with tokens above this one ..."""
+SKIP_TO = 4
+"""... up to this one were taken back: the worker refuses them."""
+RECALLED = 5
+"""Calls under this lease, or an older one, are refused: it was taken back."""
+ORDERED = 6
+"""Whether the worker takes part in `barrier`."""
+UNSENT = 7
+"""How many bytes of answers lie here."""
+SENDINGS = 8
+"""How often the answers that lay here have been sent."""
+
+_NUMBER_BITS = 24
+_MASK = (1 << _NUMBER_BITS) - 1
+_WORD = (1 << 64) - 1
+
+
+def token(lease: int, number: int) -> int:
+    """What names a call: its lease and its number on the channel, in one word."""
+    return (lease << _NUMBER_BITS | number & _MASK) & _WORD
+
+
+class Page:
+    """One process's view of a worker's page.
+
+    Args:
+        fd: the memory file; it may be closed afterwards.
+        size: how much of it to map: all, or with `NUMBERS` only the numbers.
+
+    Raises:
+        OSError: there is no descriptor or no memory left.
+    """
+
+    __slots__ = ("_map", "outbox", "words")
+
+    def __init__(self, fd: int, size: int = SIZE) -> None:
+        self._map = mmap.mmap(fd, size)
+        view = memoryview(self._map)
+        self.words = view[:NUMBERS].cast("Q")
+        self.outbox = view[NUMBERS:]
+
+    def began(self, lease: int, number: int) -> bool:
+        """Whether this call is the one begun last; also after the worker's death."""
+        return self.words[BEGUN] == token(lease, number)
+
+    def busy(self) -> bool:
+        """Whether a call is running."""
+        words = self.words
+        return words[CALLS] != words[ENDED]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether calls can be taken back."""
+        return bool(self.words[ORDERED])
+
+    @property
+    def calls(self) -> int:
+        """How many calls were begun."""
+        return self.words[CALLS]
+
+    def recall(self, lease: int) -> bool:
+        """Take a lease back: no call under it begins from now on.
+
+        Returns:
+            Whether a call may be running. (Also where the kernel cannot put it in order.)
+        """
+        self.words[RECALLED] = lease
+        return not self._order() or self.busy()
+
+    def take_back(self, lease: int, after: int, to: int) -> int | None:
+        """Take back the calls of a lease numbered `after` + 1 to `to`; those before that have been
+        taken back must have been answered, or be among these.
+
+        Returns:
+            The number up to which they may have begun, at least `after`: one that was just
+            beginning is answered all the same, be it with a refusal. None if the kernel cannot
+            put the two sides in order; then nothing is taken back.
+        """
+        words = self.words
+        if not self._order():
+            return None
+        first = token(lease, after)
+        words[SKIP_AFTER] = first
+        words[SKIP_TO] = token(lease, to)
+        self._order()
+        return min(to, after + max(0, words[BEGUN] - first))
+
+    def unsent(self) -> bytes:
+        """The answers that lie here; nothing if they were sent while this looked."""
+        words = self.words
+        if not words[UNSENT]:
+            return b""
+        sendings = words[SENDINGS]
+        self._order()
+        data = bytes(self.outbox[: words[UNSENT]])
+        self._order()
+        return data if words[SENDINGS] == sendings else b""
+
+    def order_me(self) -> None:
+        """In the worker: have the kernel order its reads and writes when others ask for it."""
+        self.words[ORDERED] = barrier.register()
+
+    def _order(self) -> bool:
+        """Order this process's accesses before and after this with those of the worker."""
+        return self.ordered and barrier.issue()
+
+    def close(self) -> None:
+        """Unmap it here."""
+        self.words.release()
+        self.outbox.release()
+        self._map.close()
