@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "policy": set(),
     "config": {"errors", "policy"},
-    "broker": {"broker", "config", "policy"},
+    "broker": {"broker", "policy"},
     "wire": {"wire", "errors"},
     "worker": {"worker", "wire", "errors"},
     "client": {"client", "wire", "config", "errors"},
@@ -25,7 +25,6 @@ ALLOWED: dict[str, set[str]] = {
         "manager",
         "broker",
         "wire",
-        "config",
         "policy",
         "errors",
         # The manager starts these two: the processes that workers come from, and what the kernel

@@ -194,9 +194,9 @@ class AsyncSession:
     ) -> T:
         """Run `fn(*args, **kwargs)` in a worker; as `Session.run`, arguments and errors too."""
         seconds = check_timeout("timeout", timeout)
-        flags = Session(self._member)._flags(with_resource)
-        data, buffers = payload.dump_call(fn, args, kwargs)
-        name = payload.qualified_name(fn)
+        flags, data, buffers, name = payload.dump_job(fn, args, kwargs)
+        if with_resource:
+            flags |= Session(self._member)._flags(with_resource)
         driver = self._driver()
         future: asyncio.Future[T] = driver.loop.create_future()
         sink = FutureSink(future, name, self.name)

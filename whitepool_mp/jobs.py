@@ -1,14 +1,11 @@
-"""Jobs in the background: the future of `submit`, the iterator of `map`."""
+"""Many jobs at once: what `map` reads, sends and hands out."""
 
 from __future__ import annotations
 
-import os
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.answers import open_answer
@@ -18,7 +15,6 @@ from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
     from whitepool_mp.client.member import Member
-    from whitepool_mp.client.threaded import Threaded
 
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share."""
@@ -28,116 +24,6 @@ AHEAD = 8
 slow taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
-
-
-_making = threading.Lock()
-"""Held for the moment in which a future's condition is made, or found not to be there."""
-
-
-class JobFuture(Future[Any]):
-    """A `concurrent.futures.Future` whose `cancel` also ends a job that is running.
-
-    Cancelling a running job kills its worker, which is replaced; the future ends cancelled. Only a
-    job that has ended cannot be cancelled.
-
-    Its condition, half of what a future costs, is made when somebody first needs it: nobody does if
-    the job has ended before its result is asked for.
-    """
-
-    def __init__(self, member: Member, name: str, threaded: Threaded) -> None:
-        # All that the base class sets, but for the condition (a property here).
-        self._condition_made: threading.Condition | None = None
-        self._state = "PENDING"
-        self._result = None
-        self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
-        self._pool_member: Member | None = member  # a job under way keeps its pool alive
-        self._name = name
-        self._pool_name = member.name
-        self._threaded = threaded
-        self._task: Task | None = None
-
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
-        made = self._condition_made
-        if made is None:
-            with _making:
-                made = self._condition_made
-                if made is None:
-                    made = self._condition_made = threading.Condition()
-        return made
-
-    def done(self) -> bool:
-        """Whether the job has ended or was cancelled."""
-        return self._state in ("FINISHED", "CANCELLED", "CANCELLED_AND_NOTIFIED")
-
-    def result(self, timeout: float | None = None) -> Any:
-        """What the call returned, when it has; as `concurrent.futures.Future.result`."""
-        if self._state == "FINISHED" and self._exception is None:
-            return self._result
-        return super().result(timeout)
-
-    def cancel(self) -> bool:
-        """Cancel the job, running or not.
-
-        Returns:
-            Whether the future is cancelled now; False if the job has ended.
-        """
-        with self._condition:
-            if self._state == "FINISHED":
-                return False
-            if self._state in ("CANCELLED", "CANCELLED_AND_NOTIFIED"):
-                return True
-            self._state = "CANCELLED"
-            self._condition.notify_all()
-            # Tells wait() and as_completed() as well.
-            self.set_running_or_notify_cancel()
-        task = self._let_go()
-        if task is not None:
-            self._threaded.cancel(task)
-        self._invoke_callbacks()  # type: ignore[attr-defined]
-        return True
-
-    # Sink
-
-    def began(self, task: Task) -> bool:
-        with _making:
-            if self._condition_made is None:  # so nobody can cancel it just now
-                self._state = "RUNNING"
-                return True
-        with self._condition:
-            if self._state == "PENDING":
-                self._state = "RUNNING"
-            return self._state == "RUNNING"
-
-    def answered(self, task: Task, index: int, message: Message) -> None:
-        returned, value = open_answer(message, self._name, 0, self._pool_name)
-        self._settle(returned, value)
-
-    def failed(self, task: Task, index: int, error: BaseException) -> None:
-        self._settle(False, error)
-
-    def _let_go(self) -> Task | None:
-        """Keep neither the pool nor the arguments alive as long as somebody keeps the future."""
-        task, self._task, self._pool_member = self._task, None, None
-        return task
-
-    def _settle(self, returned: bool, value: Any) -> None:
-        self._task = self._pool_member = None
-        if returned:
-            with _making:
-                if self._condition_made is None:  # so nobody waits, listens or has cancelled it
-                    self._result = value
-                    self._state = "FINISHED"
-                    return
-        try:
-            if returned:
-                self.set_result(value)
-            else:
-                self.set_exception(value)
-        except InvalidStateError:
-            return  # cancelled while its answer was on the way
 
 
 class MapJob:
@@ -426,11 +312,3 @@ def known_length(iterables: tuple[Iterable[Any], ...]) -> int | None:
         except TypeError:
             return None
     return min(lengths, default=0)
-
-
-def _after_fork_in_child() -> None:
-    global _making
-    _making = threading.Lock()  # its holder may have stayed in the parent
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.channel import ChannelBroken
-from whitepool_mp.client.hold import Hold
+from whitepool_mp.client.hold import FORGOTTEN, Hold
 from whitepool_mp.client.link import LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
@@ -97,8 +97,9 @@ class Lease:
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
-        data, buffers = payload.dump_call(fn, args, kwargs)
-        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
+        flags, data, buffers, _ = payload.dump_job(fn, args, kwargs)
+        if self._member.has_factory:
+            flags |= messages.WITH_RESOURCE
         return self._exchange(messages.CALL, flags, data, buffers, deadline, seconds, fn)
 
     def _method(self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,9 +230,12 @@ class Lease:
     def __del__(self) -> None:
         # One whose __init__ failed, or that a forked child holds a copy of, is nobody's to end; and
         # an end that was interrupted is told to the manager by the hold.
-        if not hasattr(self, "_references") or not self.valid:
+        if not hasattr(self, "_references") or self._hold.process != os.getpid():
             return
-        self._release("forgotten, and so checked in")
+        if self._hold.ended is None:
+            self._release(FORGOTTEN)
+        elif self._hold.ended != FORGOTTEN:  # the two may be collected in either order
+            return
         warnings.warn(
             f"lease {self.id} of pool {self.name!r} was never checked in; it is now",
             ResourceWarning,

@@ -244,8 +244,9 @@ class Session:
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
-        flags = self._flags(with_resource) if with_resource else 0
-        data, buffers = payload.dump_call(fn, args, kwargs)
+        flags, data, buffers, _ = payload.dump_job(fn, args, kwargs)
+        if with_resource:
+            flags |= self._flags(with_resource)
         member = self._member
         deaths = 0
         while True:
@@ -315,10 +316,10 @@ class Session:
             PoolClosed, ManagerDied: as for `checkout`.
         """
         seconds = check_timeout("timeout", timeout)
-        flags = self._flags(with_resource) if with_resource else 0
-        data, buffers = payload.dump_call(fn, args, kwargs)
+        flags, data, buffers, name = payload.dump_job(fn, args, kwargs)
+        if with_resource:
+            flags |= self._flags(with_resource)
         member = self._member
-        name = payload.qualified_name(fn)
         return member.threaded().call(member, name, flags, seconds, data, buffers, caller_site())
 
     def map(

@@ -57,8 +57,9 @@ class Hand:
         self.worker = worker
         self.slot = slot
         self.pid = 100_000_000 + worker  # above every real one
-        self.page = os.memfd_create("page")
-        os.ftruncate(self.page, pages.SIZE)
+        self.page_fd = os.memfd_create("page")
+        os.ftruncate(self.page_fd, pages.SIZE)
+        self.page = pages.Page(self.page_fd, pages.NUMBERS)
         self.control: list[socket.socket] = []
 
 
@@ -70,6 +71,7 @@ class Crew:
         self.hands: dict[int, Hand] = {}
         self.spawned: list[float] = []
         self.retired: list[int] = []
+        self.recalled: list[tuple[int, int]] = []
         self.killed: dict[int, str | None] = {}
         self.on_spawn: Callable[[int], None] = lambda worker: None
         self.refuse: str | None = None
@@ -95,12 +97,14 @@ class Crew:
     def hand(self, worker: int) -> Hand | None:
         return self.hands.get(worker)
 
-    def calls_of(self, worker: int) -> int:
-        return 0
+    def recall(self, worker: int, lease: int) -> bool:
+        self.recalled.append((worker, lease))
+        return self.hands[worker].page.busy()
 
     def bury(self, worker: int) -> Obituary:
         hand = self.hands.pop(worker)
-        os.close(hand.page)
+        hand.page.close()
+        os.close(hand.page_fd)
         for sock in hand.control:
             sock.close()
         return Obituary(hand.pid, hand.slot, 0, 1.0, 1024, 0, None, self.killed.get(worker))
@@ -291,6 +295,34 @@ def test_waiters_are_served_in_the_order_in_which_they_asked(make: Callable[...,
         (grant,) = guest.grants()
         assert all(other.receive() == [] for other in others)
         guest.say(frames.checkin(grant.lease))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_kept_lease_is_recalled_through_its_worker_for_who_waits(
+    make: Callable[..., Bench], busy: bool
+) -> None:
+    bench = make(pool_size=1, max_overflow=1).start()
+    bench.ready()
+    keeper, waiter = bench.join(), bench.join()
+    keeper.say(frames.checkout(1, True, None, "here:1", keep=True))
+    (kept,) = keeper.grants()
+    assert kept.keep
+    status = waiter.ask(frames.STATUS)
+    assert (status["idle"], status["leased"], status["state"]) == (1, 0, "ready")
+    if busy:
+        bench.crew.hands[kept.worker].page.words[pages.CALLS] += 1
+        status = waiter.ask(frames.STATUS)
+        assert (status["idle"], status["leased"], status["state"]) == (0, 1, "overflow")
+    waiter.checkout(1)
+    assert bench.crew.recalled == [(kept.worker, kept.lease)]
+    assert len(bench.crew.hands) == 1 + busy  # nobody waits for the end of the call
+    assert waiter.receive() == []
+    bench.manager.worker_released(kept.worker, kept.lease)
+    (grant,) = waiter.grants()
+    assert grant.worker == kept.worker and grant.lease > kept.lease
+    assert keeper.receive() == []
+    bench.manager.worker_released(kept.worker, kept.lease)  # said twice: late
+    assert waiter.ask(frames.STATUS)["counters"]["late_events"] == 1
 
 
 def test_a_checkin_of_another_s_lease_frees_nothing(make: Callable[..., Bench]) -> None:
@@ -570,7 +602,7 @@ def test_a_drain_serves_who_waits_and_refuses_who_comes(make: Callable[..., Benc
     assert not bench.manager.finished
     bench.exits(served.worker)
     assert bench.manager.finished
-    assert ender.receive() == []
+    assert [body[0] for body in ender.receive()] == [frames.DRAINING]
     bench.manager.answer_drainers()
     assert frames.read_request(ender.only()) == 9
 

@@ -52,11 +52,12 @@ The rules
     counted as coming. None of a client's is recalled for its own waiters that `spare_own`. If only
     such waiters of one client wait, the oldest lease of another client is recalled, which need not
     be the oldest of all others'.
-11. Drain recalls every kept lease. From then on checkouts are refused; but not a `spare_own` one of
-    a client that holds or waits for a worker, since it has jobs queued behind that. A Resize recalls
-    the oldest until no more than pool_size are left unrecalled, and no more than limit of all
-    leases. Each is recalled once in its life; whether it is still needed when it is Released makes
-    no difference.
+11. Drain recalls kept leases; but not those of `spare_own` checkouts: who asks in that way has jobs
+    queued behind what it holds, and checks in when they are done. Nor is a `spare_own` checkout of
+    such a client, that holds or waits for a worker, refused from then on; all others are. A Resize
+    recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
+    all leases. Each is recalled once in its life; whether it is still needed when it is Released
+    makes no difference.
 
 Every event costs O(1) amortised, plus O(log limit) for a spawn's slot, whatever the number of
 workers and waiters; a client's end costs what it held. Drain and Resize may look at each worker and
@@ -220,7 +221,7 @@ class Broker(Moves):
             self._refuse(client, ticket, *refusal, out)
         elif self._roster.idle:
             _, worker = self._roster.idle.popitem(last=self._policy.strategy == "lifo")
-            self._grant(worker, client, ticket, keep, now, out)
+            self._grant(worker, client, ticket, keep, spare_own, now, out)
         else:
             waiter = Waiter(client, ticket, block, deadline, keep, spare_own)
             self._waitlist.add(waiter)
@@ -408,8 +409,9 @@ class Broker(Moves):
 
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
         self._draining = True
-        while (kept := self._roster.keeps.oldest()) is not None:
-            self._recall(kept, out)
+        for kept in self._roster.keeps.leases.values():
+            if not (kept.spare_own or kept.recalled):
+                self._recall(kept, out)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:

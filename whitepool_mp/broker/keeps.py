@@ -51,8 +51,9 @@ class Keeps:
                 return next(iter(self._by_client[client].values()))
         return None
 
-    def add(self, worker: Worker) -> None:
+    def add(self, worker: Worker, spare_own: bool) -> None:
         """Note that the lease of this worker is kept."""
+        worker.spare_own = spare_own
         assert worker.lease is not None
         assert worker.client is not None
         worker.kept = True
@@ -78,7 +79,7 @@ class Keeps:
         elif worker.coming:
             self.coming -= 1
         del self.leases[worker.lease]
-        worker.kept = worker.recalled = worker.coming = False
+        worker.kept = worker.spare_own = worker.recalled = worker.coming = False
 
     def _forget(self, worker: Worker) -> None:
         """Take a lease from those not recalled yet."""

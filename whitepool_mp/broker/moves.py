@@ -224,7 +224,15 @@ class Moves:
                 waiter = self._waitlist.first()
                 self._unwait(waiter)
                 if now < waiter.deadline:
-                    self._grant(worker, waiter.client, waiter.ticket, waiter.keep, now, out)
+                    self._grant(
+                        worker,
+                        waiter.client,
+                        waiter.ticket,
+                        waiter.keep,
+                        waiter.spare_own,
+                        now,
+                        out,
+                    )
                     return
                 detail = "the deadline had passed when its turn came"
                 self._refuse(waiter.client, waiter.ticket, "timeout", detail, out)
@@ -236,7 +244,14 @@ class Moves:
         out.append(Retire(worker.id))
 
     def _grant(
-        self, worker: Worker, client: int, ticket: int, keep: bool, now: float, out: list[Effect]
+        self,
+        worker: Worker,
+        client: int,
+        ticket: int,
+        keep: bool,
+        spare_own: bool,
+        now: float,
+        out: list[Effect],
     ) -> None:
         """Lease a detached worker; to keep, if that is asked for and nobody wants it back."""
         self._starts.used()
@@ -246,7 +261,7 @@ class Moves:
             wanted = bool(self._waitlist) and self._waitlist.spared() != client
             keep = not wanted and not self._draining and self._roster.alive <= self._pool_size
             if keep:
-                self._roster.keeps.add(worker)
+                self._roster.keeps.add(worker, spare_own)
         self._clients.setdefault(client, {})[ticket] = worker
         out.append(Grant(client, ticket, lease, worker.id, keep))
 

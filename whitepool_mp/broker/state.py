@@ -40,6 +40,7 @@ class Worker:
         ticket: the checkout that the lease answered, or None.
         leases_served: how often it was granted.
         kept: whether that lease is kept between calls.
+        spare_own: whether it was asked for in that way, by a client with jobs queued behind it.
         recalled: whether that lease is kept and was recalled.
         coming: whether it was recalled and is, for all that is known, free to be released.
         wave: which round of starts it belongs to; failures of one round count as one.
@@ -56,6 +57,7 @@ class Worker:
         "recalled",
         "since",
         "slot",
+        "spare_own",
         "state",
         "ticket",
         "wave",
@@ -72,6 +74,7 @@ class Worker:
         self.ticket: int | None = None
         self.leases_served = 0
         self.kept = False
+        self.spare_own = False
         self.recalled = False
         self.coming = False
         self.wave = wave

@@ -50,6 +50,8 @@ class Dispatcher:
     Attributes:
         free: the leases that are kept and have nothing to do.
         running: how many tasks are in flight.
+        hungry: whether another job could be sent, or a worker asked for, at once; if not, the next
+            answer is soon enough to look at it.
         draining: whether the pool is shutting down: what was submitted is finished, no more.
     """
 
@@ -59,12 +61,14 @@ class Dispatcher:
         self._leases: dict[int, EngineLease] = {}  # by worker
         self.free: dict[EngineLease, None] = {}
         self._roomy: dict[EngineLease, None] = {}  # busy, and might take more
+        self._long: dict[EngineLease, None] = {}  # with work for longer than a turn, perhaps
         self._stacked: dict[EngineLease, None] = {}  # with calls behind the first one, perhaps
         self._unpushed: dict[EngineChannel, None] = {}
         self._unwanted = 0  # how many of the pending were cancelled
         self._tickets: set[int] = set()
         self._seconds: dict[str, float] = {}  # a call of this function takes ...
         self.running = 0
+        self.hungry = True
         self.draining = False
         self._refused: WhitepoolError | None = None  # the pool takes no more checkouts
 
@@ -104,6 +108,11 @@ class Dispatcher:
                 self._share_out()
             if self.draining and self.free:
                 self._give_back_all()
+        self.hungry = (
+            bool(self.free)
+            or len(self._leases) + len(self._tickets) < self._engine.capacity()
+            or (bool(self._long) and not self._tickets)
+        )
         if self._unpushed:
             for channel in self._unpushed:
                 self._engine.push(channel)
@@ -149,6 +158,8 @@ class Dispatcher:
         task.cost = self._seconds.get(task.name, AHEAD_SECONDS)
         self.start(task, lease)
         self._roomy[lease] = None
+        if lease.load > TURN_SECONDS:
+            self._long[lease] = None
 
     def start(self, task: Task, lease: EngineLease) -> None:
         """Send a task to a leased worker."""
@@ -168,7 +179,10 @@ class Dispatcher:
         channel.lease = lease
         task.number = channel.number + 1
         channel.number += task.count
-        channel.queue(task.pieces(task.number, lease.id))
+        if task.small and task.items is None:
+            channel.queue_call(task.kind, task.flags, lease.id, task.payload)
+        else:
+            channel.queue(task.pieces(task.number, lease.id))
         self._unpushed[channel] = None
         if len(lease.tasks) == 1:
             self._begins(lease)
@@ -284,10 +298,8 @@ class Dispatcher:
                 return
         else:
             seconds = message.token * 1e-9 + CALL_SECONDS
-            known = self._seconds.get(task.name)
-            if known is None and len(self._seconds) >= _MOST_NAMES:
-                self._seconds.clear()
-            self._seconds[task.name] = seconds if known is None else known + (seconds - known) * 0.2
+            if not task.cost * 0.7 < seconds < task.cost * 1.5:
+                self._learn(task.name, seconds)
         index = task.first + task.at
         task.at += 1
         lease.load -= task.cost
@@ -305,12 +317,20 @@ class Dispatcher:
                 self._roomy[lease] = None
         task.sink.answered(task, index, message)
 
+    def _learn(self, name: str, seconds: float) -> None:
+        """A call of this function took so long."""
+        known = self._seconds.get(name)
+        if known is None and len(self._seconds) >= _MOST_NAMES:
+            self._seconds.clear()
+        self._seconds[name] = seconds if known is None else known + (seconds - known) * 0.2
+
     def _freed(self, lease: EngineLease) -> None:
         """Nothing is in flight any more."""
         lease.load = 0.0
         lease.stuck = False
         self._roomy.pop(lease, None)
         self._stacked.pop(lease, None)
+        self._long.pop(lease, None)
         channel = lease.channel
         if channel is not None and channel.taken is not None:
             return  # until the worker has passed what was taken back
@@ -333,6 +353,7 @@ class Dispatcher:
         self.free.pop(lease, None)
         self._roomy.pop(lease, None)
         self._stacked.pop(lease, None)
+        self._long.pop(lease, None)
 
     # --- taking back ----------------------------------------------------------------------
 
@@ -542,6 +563,7 @@ class Dispatcher:
         self.free.clear()
         self._roomy.clear()
         self._stacked.clear()
+        self._long.clear()
         self._fail_pending(error)
 
     def _fail_pending(self, error: BaseException) -> None:

@@ -114,7 +114,7 @@ class Engine:
         self._inbox.append(task)
         if self._closed:
             self._fail_inbox()
-        elif self._asleep:
+        elif self._asleep and self.jobs.hungry:
             self._asleep = False
             with self._wake_lock:
                 if self._wake >= 0:
@@ -261,11 +261,14 @@ class Engine:
     def _say(self, data: bytes) -> None:
         self._outbox += data
 
-    def flush(self) -> None:
-        """Send whatever can be sent of what was asked for."""
+    def _take_in(self) -> None:
         inbox = self._inbox
         while inbox:
             self.jobs.submit(inbox.popleft())
+
+    def flush(self) -> None:
+        """Send whatever can be sent of what was asked for."""
+        self._take_in()
         self.jobs.dispatch()
         if not self._outbox or self._handshake is not None or self.broken is not None:
             return
@@ -313,6 +316,7 @@ class Engine:
                     self._handshake = None
                 continue
             if body[0] == frames.DRAINING:
+                self._take_in()  # these came before it
                 self.jobs.draining = True
                 continue
             heard = self._replies.pop(frames.read_request(body), None)

@@ -7,6 +7,7 @@ from collections import deque
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire.messages import HEAD
 
 LOST = "lost (its worker died)"
 """How a lease ended under which the worker died."""
@@ -89,6 +90,10 @@ class EngineChannel(Channel):
             return
         self._gather()
         self.unsent.extend(memoryview(piece).cast("B") for piece in pieces if len(piece))
+
+    def queue_call(self, kind: int, flags: int, lease: int, payload: bytes) -> None:
+        """`queue` for a small call that has just been numbered."""
+        self._small.append(HEAD.pack(kind, flags, 0, self.number, lease, len(payload)) + payload)
 
     def _gather(self) -> None:
         if self._small:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _WHY_SECONDS = 10.0
 RECALLED = "recalled"
 """How a kept hold ended that the pool wanted back."""
+FORGOTTEN = "forgotten, and so checked in"
+"""How a hold ended that was collected."""
 
 
 class Hold:
@@ -161,6 +163,6 @@ class Hold:
         if getattr(self, "told", True) or self.process != os.getpid():
             return
         if self.ended is None:
-            self.release(None)
+            self.release(None, FORGOTTEN)
         else:
             self._tell_manager(frames.destroy(self.id, "its end was interrupted"))

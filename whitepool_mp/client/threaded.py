@@ -9,11 +9,11 @@ import weakref
 from collections.abc import Sequence
 
 from whitepool_mp.client.engine import Engine
+from whitepool_mp.client.future import JobFuture
 from whitepool_mp.client.link import LinkBroken
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed
-from whitepool_mp.jobs import JobFuture
 
 
 def _look() -> None:

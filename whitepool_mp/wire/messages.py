@@ -103,14 +103,14 @@ def pack_split(function: bytes, arguments: bytes) -> bytes:
     return _SIZE.pack(len(function)) + function + arguments
 
 
-def read_split(payload: memoryview) -> tuple[bytes, memoryview]:
+def read_split(payload: memoryview) -> tuple[memoryview, memoryview]:
     """The function's pickle and the arguments' of a SPLIT call.
 
     Raises:
         ProtocolError: it is no such payload.
     """
-    size = _size(payload, 0)
-    return bytes(payload[4 : 4 + size]), payload[4 + size :]
+    end = 4 + _size(payload, 0)
+    return payload[4:end], payload[end:]
 
 
 def _size(payload: memoryview, at: int) -> int:

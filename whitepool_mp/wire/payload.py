@@ -10,10 +10,11 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
-from whitepool_mp.wire.messages import MAX_BUFFERS
+from whitepool_mp.wire.messages import MAX_BUFFERS, SPLIT, pack_split
 
 OUT_OF_BAND = 16 * 1024
 """Buffers of at least this many bytes travel beside the pickle."""
@@ -118,6 +119,59 @@ def dump_call(
         return dumps((function, args, kwargs))
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
+
+
+_PLAIN = (FunctionType, BuiltinFunctionType)
+_MOST_FUNCTIONS = 4096
+_by_reference: dict[Any, tuple[bytes, str] | None] = {}
+
+
+def _reference(function: Any) -> tuple[bytes, str] | None:
+    """What a SPLIT payload begins with for a function that a module holds, and its name.
+
+    None if it has to travel by value: what it refers to may be different each time.
+    """
+    try:
+        return _by_reference[function]
+    except KeyError:
+        pass
+    found = None
+    try:
+        data = pickle.dumps(function, 5)
+        if b"__main__" not in data and _is_global(function):
+            found = pack_split(data, b""), qualified_name(function)
+    except Exception:  # it has to travel by value, or not at all
+        pass
+    if len(_by_reference) >= _MOST_FUNCTIONS:
+        _by_reference.clear()
+    _by_reference[function] = found
+    return found
+
+
+def _is_global(function: Any) -> bool:
+    """Whether it is no method of some object."""
+    owner = getattr(function, "__self__", None)
+    return owner is None or isinstance(owner, ModuleType)
+
+
+def dump_job(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[int, bytes, list[pickle.PickleBuffer], str]:
+    """Pickle a call; a function that a module holds is pickled once for all calls.
+
+    Returns:
+        Flags of the message, the payload, the buffers beside it, and the function's name.
+
+    Raises:
+        SerializationError: the function or an argument cannot be pickled; says which.
+    """
+    if type(function) in _PLAIN:
+        known = _reference(function)
+        if known is not None:
+            data, buffers = dump_arguments(function, args, kwargs)
+            return SPLIT, known[0] + data, buffers, known[1]
+    data, buffers = dump_call(function, args, kwargs)
+    return 0, data, buffers, qualified_name(function)
 
 
 def dump_arguments(
@@ -281,6 +335,7 @@ __all__ = [
     "dump_call",
     "dump_failure",
     "dump_function",
+    "dump_job",
     "dump_method",
     "dumps",
     "failure_traceback",

@@ -40,7 +40,7 @@ from whitepool_mp.wire.pages import (
 
 _SHORT = 100_000
 """Nanoseconds. The answer of a call that took this long is sent at once."""
-_HELD_BACK = 200_000
+_HELD_BACK = 500_000
 """Nanoseconds. For how long short calls go on before their answers are sent."""
 
 
