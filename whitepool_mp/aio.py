@@ -268,7 +268,7 @@ class AsyncSession:
                 while (result := job.take()) is not None:
                     ordering.add(*result)
                     if bar is not None:
-                        bar.update(1)
+                        bar.update(len(result[2]))
                 found = ordering.pop()
                 if found is None:
                     if job.done:
@@ -276,11 +276,12 @@ class AsyncSession:
                     came.clear()
                     await came.wait()
                     continue
-                job.handed += 1
-                returned, value = found
+                returned, values = found
+                job.handed += len(values)
                 if not returned and not return_exceptions:
-                    raise value
-                yield value
+                    raise values[0]
+                for value in values:
+                    yield value
         finally:
             job.close()
             if bar is not None:

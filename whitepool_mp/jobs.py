@@ -6,6 +6,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.answers import open_answer
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share."""
 LARGEST_CHUNK = 1024
+LARGEST_BULK = 8192
+"""The same for plain values, which cost little to send."""
 AHEAD = 8
 """How many windows of input may have been read beyond the results handed out; a slow call, or a
 slow taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
+
+
+_SIZED = {str, bytes}
 
 
 class MapJob:
@@ -32,12 +38,12 @@ class MapJob:
     The input is read by whoever iterates, in their thread: at most a window ahead of the workers,
     and a few windows ahead of the results handed out. A chunk grows or shrinks so that it runs for
     about `CHUNK_SECONDS`, and is sent as it is when its input takes longer; each of its calls is
-    answered, fails and dies on its own.
+    answered, fails and dies on its own. Plain values of a list, a tuple or a range go in bulk.
 
     Args:
         member: the pool.
         fn: the function.
-        inputs: tuples of arguments.
+        iterables: of the arguments.
         total: how many there are, if that is known.
         flags: `messages.WITH_RESOURCE` or 0.
         timeout: how many seconds each call may take, or None.
@@ -49,7 +55,7 @@ class MapJob:
         self,
         member: Member,
         fn: Callable[..., Any],
-        inputs: Iterator[tuple[Any, ...]],
+        iterables: tuple[Iterable[Any], ...],
         total: int | None,
         flags: int,
         timeout: float | None,
@@ -61,7 +67,10 @@ class MapJob:
         self.fn = fn
         self.total = total
         self._function = payload.dump_function(fn)
-        self._inputs = inputs
+        self._inputs: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        self._column: Iterator[Any] | None = None
+        if len(iterables) == 1 and type(iterables[0]) in (list, tuple, range) and timeout is None:
+            self._column = iter(iterables[0])
         self._flags = flags
         self._timeout = timeout
         self._chunksize = chunksize
@@ -72,7 +81,8 @@ class MapJob:
         self.ended = 0
         self.handed = 0
         self._mean = 0.0  # seconds for a call, as measured
-        self._results: deque[tuple[int, bool, Any]] = deque()
+        # Index, whether they returned, and their values; or count, skip and message of a bulk.
+        self._results: deque[tuple[int, bool | None, Any]] = deque()
         self.notify: Callable[[], None] = lambda: None
 
     @property
@@ -82,11 +92,12 @@ class MapJob:
             return self._chunksize
         if self.ended == 0:
             return 1
-        size = int(CHUNK_SECONDS / self._mean) if self._mean > 0 else LARGEST_CHUNK
+        largest = LARGEST_CHUNK if self._column is None else LARGEST_BULK
+        size = int(CHUNK_SECONDS / self._mean) if self._mean > 0 else largest
         if self.total is not None:
             # Towards the end in smaller ones, so that the workers finish together.
             size = min(size, (self.total - self.read) // (2 * self.member.capacity))
-        return max(1, min(size, LARGEST_CHUNK))
+        return max(1, min(size, largest))
 
     @property
     def done(self) -> bool:
@@ -109,7 +120,26 @@ class MapJob:
             if self._results and time.monotonic() - began >= CHUNK_SECONDS:
                 return
 
+    def _send_bulk(self, column: Iterator[Any], size: int) -> bool:
+        """Send plain values; False if they are not plain, and then none will be sent in bulk."""
+        values = list(islice(column, size))
+        types = set(map(type, values))
+        if types <= messages.PLAIN and not (
+            types & _SIZED
+            and sum(len(value) for value in values if type(value) in _SIZED) > ITEM_INLINE
+        ):
+            self.exhausted = len(values) < size
+            if values:
+                self._send(self._task(values, self.read, messages.BULK))
+                self.read += len(values)
+            return True
+        self._column = None
+        self._inputs = zip(chain(values, column))
+        return False
+
     def _send_chunk(self, size: int) -> None:
+        if self._column is not None and self._send_bulk(self._column, size):
+            return
         first = self.read
         items: list[bytes] = []
         weight = 0
@@ -158,7 +188,7 @@ class MapJob:
         if items:
             self._send(self._task(items, first))
 
-    def _task(self, items: list[bytes], first: int) -> Task:
+    def _task(self, items: list[Any], first: int, kind: int = messages.CALL) -> Task:
         return Task(
             self.name,
             self,
@@ -167,6 +197,7 @@ class MapJob:
             self._function,
             items=items,
             first=first,
+            kind=kind,
             site=self.site,
         )
 
@@ -176,22 +207,40 @@ class MapJob:
         return not self._closed
 
     def answered(self, task: Task, index: int, message: Message) -> None:
-        seconds = message.token / 1e9
-        self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
+        self._learn(message.token / 1e9)
         returned, value = open_answer(message, self.name, 0, self.member.name)
         self._put(index, returned, value)
+
+    def returned(
+        self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
+    ) -> None:
+        self._learn(seconds)
+        self.ended += count
+        self._results.append((index, None, (count, skip, results)))
+        self.notify()
 
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         self._put(index, False, error)
 
+    def _learn(self, seconds: float) -> None:
+        """A call took so long."""
+        self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
+
     def _put(self, index: int, returned: bool, value: Any) -> None:
         self.ended += 1
-        self._results.append((index, returned, value))
+        self._results.append((index, returned, [value]))
         self.notify()
 
-    def take(self) -> tuple[int, bool, Any] | None:
-        """A call that ended, if there is one not yet taken."""
-        return self._results.popleft() if self._results else None
+    def take(self) -> tuple[int, bool, list[Any]] | None:
+        """Calls that ended one after the other, if there are some not yet taken: the first one's
+        index, whether they returned, and what."""
+        if not self._results:
+            return None
+        index, returned, values = self._results.popleft()
+        if returned is None:
+            count, skip, results = values
+            return index, True, messages.load_results(results)[skip : skip + count]
+        return index, returned, values
 
     _closed = False
 
@@ -205,20 +254,20 @@ class Ordering:
 
     def __init__(self, ordered: bool) -> None:
         self._ordered = ordered
-        self._early: dict[int, tuple[bool, Any]] = {}
+        self._early: dict[int, tuple[bool, list[Any]]] = {}
         self._next = 0
 
-    def add(self, index: int, returned: bool, value: Any) -> None:
-        """A result came."""
-        self._early[index] = (returned, value)
+    def add(self, index: int, returned: bool, values: list[Any]) -> None:
+        """Results came."""
+        self._early[index] = (returned, values)
 
-    def pop(self) -> tuple[bool, Any] | None:
-        """The next result to hand out, if it is there."""
+    def pop(self) -> tuple[bool, list[Any]] | None:
+        """The next results to hand out, if they are there."""
         if not self._ordered:
             return self._early.pop(next(iter(self._early))) if self._early else None
         found = self._early.pop(self._next, None)
         if found is not None:
-            self._next += 1
+            self._next += len(found[1])
         return found
 
 
@@ -238,13 +287,13 @@ def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> It
                 assert result is not None
                 ordering.add(*result)
                 if bar is not None:
-                    bar.update(1)
+                    bar.update(len(result[2]))
                 job.feed()
-            job.handed += 1
-            returned, value = found
+            returned, values = found
+            job.handed += len(values)
             if not returned and not return_exceptions:
-                raise value
-            yield value
+                raise values[0]
+            yield from values
     finally:
         job.close()
         if bar is not None:

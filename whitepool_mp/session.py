@@ -383,9 +383,8 @@ class Session:
             raise ValueError(f"chunksize: got {payload.shorten(chunksize)}; allowed: an int >= 1")
         seconds = check_timeout("timeout", timeout)
         flags = self._flags(with_resource)
-        inputs = zip(*iterables, strict=False)
         total = known_length(iterables)
-        return MapJob(self._member, fn, inputs, total, flags, seconds, chunksize, _nowhere)
+        return MapJob(self._member, fn, iterables, total, flags, seconds, chunksize, _nowhere)
 
     # --- looking --------------------------------------------------------------------------
 

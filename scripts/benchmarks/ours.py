@@ -32,6 +32,7 @@ class Whitepool(Adapter):
         super().__init__(workers, imports)
         self.start_method = start_method
         self.preload = preload
+        self.form: Any = None
 
     def load(self) -> None:
         self._package = importlib.import_module("whitepool_mp")
@@ -63,5 +64,7 @@ class Whitepool(Adapter):
     async def gather(self, fn: Callable[..., Any], count: int) -> None:
         import asyncio
 
-        run = self.session.aio().run
+        if self.form is None:
+            self.form = self.session.aio()
+        run = self.form.run
         await asyncio.gather(*(run(fn) for _ in range(count)))

@@ -400,12 +400,11 @@ class Observer:
         assert not lease.recalled, "recalled twice"
         demand = len(self.waiting) + self.surplus > self.coming and self.wanted(lease.ticket.client)
         shrunk = isinstance(self.event, Resize) and self.too_many_kept
-        draining = isinstance(self.event, Drain) and not lease.ticket.spare_own
+        draining = isinstance(self.event, Drain)
+        patient = draining and lease.ticket.spare_own
+        assert effect.patient is patient, "jobs in flight are lost, or others wait for them"
         assert demand or shrunk or draining, "recalled without a reason"
-        if draining:
-            first = next(x for x in self.unrecalled if not x.ticket.spare_own)
-            assert lease is first, "not the longest kept"
-        elif shrunk or self.recallable == self.unrecalled:
+        if draining or shrunk or self.recallable == self.unrecalled:
             assert lease is self.unrecalled[0], "not the longest kept"
         else:
             own = [x for x in self.unrecalled if x.ticket.client == lease.ticket.client]
@@ -535,8 +534,7 @@ class Observer:
         if len(self.waiting) + self.surplus > self.coming:
             assert not self.recallable, "not recalled though somebody waits"
         assert not self.too_many_kept, "not recalled though they are too many"
-        left = [lease for lease in self.unrecalled if not lease.ticket.spare_own]
-        assert not (self.closing and left), "kept while the pool drains"
+        assert not (self.closing and self.unrecalled), "kept while the pool drains"
         asking = self.asking
         if self.closing and asking is not None and asking.outcome in ("open", "granted"):
             assert asking.spare_own, "served though the pool drains"

@@ -97,7 +97,7 @@ class Crew:
     def hand(self, worker: int) -> Hand | None:
         return self.hands.get(worker)
 
-    def recall(self, worker: int, lease: int) -> bool:
+    def recall(self, worker: int, lease: int, patient: bool) -> bool:
         self.recalled.append((worker, lease))
         return self.hands[worker].page.busy()
 

@@ -106,7 +106,8 @@ def _reply(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _recall(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    return frames.recall(lease), frames.RECALL, frames.read_lease, (lease, "")
+    fields = (lease, draw(st.booleans()))
+    return frames.recall(*fields), frames.RECALL, frames.read_recall, fields
 
 
 def _released(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
@@ -172,7 +173,7 @@ def test_a_frame_that_arrives_byte_by_byte_comes_out_at_its_last_byte(one: Any) 
 def test_every_kind_of_frame_is_in_the_round_trip() -> None:
     assert len(KINDS) == len(set(KINDS)) == 26
     readers = {"auth", "checkout", "request", "lease", "request_lease", "resize", "nonce", "grant"}
-    readers |= {"refused", "channel", "reply", "plain"}
+    readers |= {"refused", "channel", "reply", "plain", "recall"}
     assert {read.__name__.removeprefix("read_") for read in READERS} == readers
 
 

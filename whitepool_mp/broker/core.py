@@ -52,9 +52,9 @@ The rules
     counted as coming. None of a client's is recalled for its own waiters that `spare_own`. If only
     such waiters of one client wait, the oldest lease of another client is recalled, which need not
     be the oldest of all others'.
-11. Drain recalls kept leases; but not those of `spare_own` checkouts: who asks in that way has jobs
-    queued behind what it holds, and checks in when they are done. Nor is a `spare_own` checkout of
-    such a client, that holds or waits for a worker, refused from then on; all others are. A Resize
+11. Drain recalls every kept lease. Who asked for one with `spare_own` has jobs queued behind it:
+    the worker does what it has been sent before it releases that lease, and while such a client
+    holds or waits for a worker, its `spare_own` checkouts are not refused. All others are. A Resize
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.
@@ -409,9 +409,8 @@ class Broker(Moves):
 
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
         self._draining = True
-        for kept in self._roster.keeps.leases.values():
-            if not (kept.spare_own or kept.recalled):
-                self._recall(kept, out)
+        while (kept := self._roster.keeps.oldest()) is not None:
+            self._recall(kept, out, patient=kept.spare_own)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:

@@ -62,10 +62,16 @@ class Recall(NamedTuple):
     """Have this worker release this kept lease as soon as it is not in the middle of a call.
 
     It is said once of a lease. `Released` answers it, after a `Busy` if a call is running.
+
+    Args:
+        worker: the worker.
+        lease: the lease.
+        patient: not before it has done all that it has been sent.
     """
 
     worker: int
     lease: int
+    patient: bool = False
 
 
 class Refuse(NamedTuple):

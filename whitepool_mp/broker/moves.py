@@ -265,10 +265,10 @@ class Moves:
         self._clients.setdefault(client, {})[ticket] = worker
         out.append(Grant(client, ticket, lease, worker.id, keep))
 
-    def _recall(self, worker: Worker, out: list[Effect]) -> None:
+    def _recall(self, worker: Worker, out: list[Effect], patient: bool = False) -> None:
         assert worker.lease is not None
         self._roster.keeps.recall(worker)
-        out.append(Recall(worker.id, worker.lease))
+        out.append(Recall(worker.id, worker.lease, patient))
 
     def _retire_idle(self, worker: Worker, now: float, out: list[Effect]) -> None:
         self._counters["retired"] += 1

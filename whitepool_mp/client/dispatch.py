@@ -33,10 +33,12 @@ TURN_SECONDS = 0.005
 """How much work is sent to a worker at once; what somebody else waits for it at most."""
 CALL_SECONDS = 10e-6
 """What a call costs besides its function's own time."""
+BULK_SECONDS = 1e-6
+"""The same for a call of a BULK."""
 AHEAD_SECONDS = 0.05
 """No job is sent ahead to a worker that has work for as long as this."""
-MOST_CALLS = 512
-"""How many calls may be in flight to one worker."""
+MOST_TASKS = 512
+"""How many tasks may be in flight to one worker."""
 PATIENCE_SECONDS = 0.002
 """How long a call may at least take before those behind it are taken back."""
 LAST_NUMBER = 0xF0_0000
@@ -129,11 +131,15 @@ class Dispatcher:
         if channel is None or lease.stuck or not channel.page.ordered or channel.blocked:
             self._roomy.pop(lease, None)
             return
-        last = min(lease.tasks[0].next_number + MOST_CALLS, LAST_NUMBER)
         while share and pending:
             task = pending[0]
-            known = seconds.get(task.name)
-            if known is None or not task.small or channel.number >= last:
+            known = seconds.get(task.known_as)
+            if (
+                known is None
+                or not task.small
+                or len(lease.tasks) >= MOST_TASKS
+                or channel.number >= LAST_NUMBER
+            ):
                 break
             load = lease.load + known * task.count
             if load > TURN_SECONDS and (len(lease.tasks) > 1 or load > AHEAD_SECONDS):
@@ -155,7 +161,7 @@ class Dispatcher:
 
     def _assign(self, lease: EngineLease, task: Task) -> None:
         """Put a task in flight."""
-        task.cost = self._seconds.get(task.name, AHEAD_SECONDS)
+        task.cost = self._seconds.get(task.known_as, AHEAD_SECONDS)
         self.start(task, lease)
         self._roomy[lease] = None
         if lease.load > TURN_SECONDS:
@@ -225,7 +231,7 @@ class Dispatcher:
                 self._fail_pending(self._refused)
             return
         useful = len(pending)
-        known = self._seconds.get(pending[0].name)
+        known = self._seconds.get(pending[0].known_as)
         if known is not None and useful > 1:
             # Not for what is done before another worker is there.
             useful = 1 + int(useful * pending[0].count * known / PATIENCE_SECONDS)
@@ -280,6 +286,8 @@ class Dispatcher:
         """A message came from a worker."""
         number = message.number
         lease = channel.lease
+        if message.kind == messages.RESULTS:
+            number += messages.count_results(message.payload) - 1
         if channel.taken is not None and number >= channel.taken[1]:
             channel.taken = None
             if lease is not None and not lease.tasks:
@@ -287,6 +295,9 @@ class Dispatcher:
         if lease is None or not lease.tasks:
             return
         task = lease.tasks[0]
+        if message.kind == messages.RESULTS:
+            self._returned(lease, task, message)
+            return
         if number != task.number + task.at:
             return  # of a call that was taken back or given up
         if message.kind == messages.ERROR and message.flags >= messages.FENCED:
@@ -299,23 +310,41 @@ class Dispatcher:
         else:
             seconds = message.token * 1e-9 + CALL_SECONDS
             if not task.cost * 0.7 < seconds < task.cost * 1.5:
-                self._learn(task.name, seconds)
+                self._learn(task.known_as, seconds)
         index = task.first + task.at
-        task.at += 1
-        lease.load -= task.cost
+        self._ended(lease, task, 1)
+        task.sink.answered(task, index, message)
+
+    def _returned(self, lease: EngineLease, task: Task, message: messages.Message) -> None:
+        """Several calls of a BULK returned, perhaps some that are known to have."""
+        count = messages.count_results(message.payload)
+        skip = task.next_number - message.number
+        if not 0 <= skip < count:
+            return
+        if message.token:
+            self._learn(task.known_as, message.token / count * 1e-9 + BULK_SECONDS)
+        seconds = message.token / count * 1e-9
+        count = min(count - skip, task.left)
+        index = task.first + task.at
+        self._ended(lease, task, count)
+        task.sink.returned(task, index, count, skip, seconds, bytes(message.payload))
+
+    def _ended(self, lease: EngineLease, task: Task, count: int) -> None:
+        """The first calls in flight have ended."""
+        task.at += count
+        lease.load -= task.cost * count
         if task.at == task.count:
             lease.tasks.popleft()
             self.running -= 1
         if not lease.tasks:
             self._freed(lease)
-        else:
-            lease.since = time.monotonic()
-            if lease.tasks[0].timeout is not None:
-                self._engine.set_deadline(lease)
-            if lease.keep and not lease.manual:
-                lease.stuck = False
-                self._roomy[lease] = None
-        task.sink.answered(task, index, message)
+            return
+        lease.since = time.monotonic()
+        if lease.tasks[0].timeout is not None:
+            self._engine.set_deadline(lease)
+        if lease.keep and not (lease.manual or self.draining):
+            lease.stuck = False
+            self._roomy[lease] = None
 
     def _learn(self, name: str, seconds: float) -> None:
         """A call of this function took so long."""
@@ -336,11 +365,12 @@ class Dispatcher:
             return  # until the worker has passed what was taken back
         if lease.manual:
             return
-        if lease.keep and (channel is None or channel.number < LAST_NUMBER):
+        worn = channel is not None and channel.number >= LAST_NUMBER
+        if lease.keep and not (worn or self.draining):
             self.free[lease] = None
         else:
             self._check_in(lease)
-            if channel is not None and channel.number >= LAST_NUMBER:
+            if worn and channel is not None:
                 channel.number = 0
 
     def _check_in(self, lease: EngineLease) -> None:

@@ -226,7 +226,10 @@ class Engine:
         """Give a checkout up: `done` gets the `Refused` for it; a grant under way is void."""
 
         def answer(body: bytes) -> None:
-            if body[0] == frames.GRANT:
+            if not body:
+                if done is not None:
+                    done(self.broken)
+            elif body[0] == frames.GRANT:
                 self._replies[ticket] = answer  # it crossed the cancel; the refusal follows
             elif done is not None:
                 done(frames.read_refused(body))
@@ -490,6 +493,12 @@ class Engine:
         if channel.sock.fileno() >= 0 and channel.lease is not None:
             for message in messages.read_all(channel.page.unsent()):
                 self.jobs.answered(channel, message)
+            found = channel.page.results()
+            if found is not None:
+                first, count, pickles = found
+                data = messages.pack_results(first, 0, count, pickles)
+                for message in messages.read_all(data):
+                    self.jobs.answered(channel, message)
 
     def _hung_up(self, channel: EngineChannel) -> None:
         """Nothing more can come through a channel."""

@@ -107,6 +107,11 @@ class JobFuture(Future[Any]):
                     return
         self._settle(returned, value)
 
+    def returned(
+        self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
+    ) -> None:
+        raise AssertionError("a single call is not part of a bulk")
+
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         self._task = self._pool_member = None
         self._settle(False, error)

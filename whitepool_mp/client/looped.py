@@ -112,5 +112,10 @@ class FutureSink:
             else:
                 resolve(self._future, value)
 
+    def returned(
+        self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
+    ) -> None:
+        raise AssertionError("a single call is not part of a bulk")
+
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         resolve(self._future, error)

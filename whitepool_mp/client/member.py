@@ -388,8 +388,10 @@ def _at_exit() -> None:
     for member in members:
         if member.owner is not None:
             member.close()
-        else:
-            member.kept.clear()  # given back, not left to be found with a dead holder
+        else:  # what is kept is given back, not left to be found with a dead holder
+            member.kept.clear()
+            if engine is not None:
+                engine.stop()
 
 
 def _after_fork_in_child() -> None:

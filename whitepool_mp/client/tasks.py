@@ -27,6 +27,11 @@ class Sink(Protocol):
     def answered(self, task: Task, index: int, message: Message) -> None:
         """A RESULT or ERROR came; the message is valid until this returns."""
 
+    def returned(
+        self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
+    ) -> None:
+        """Calls of a BULK returned: `load_results(results)[skip : skip + count]`, in `seconds`."""
+
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         """The call did not get an answer, because ..."""
 
@@ -41,13 +46,15 @@ class Task:
         timeout: how many seconds each call may take, or None.
         payload: the pickled call (one call), or the pickled function (a batch).
         buffers: a single call's buffers.
-        items: a batch's arguments, pickled one by one; None for a single call.
+        items: a batch's arguments, pickled one by one, or plain values with kind BULK; None for a
+            single call.
         first: the sink's index of the first call.
-        kind: of the message for a single call.
+        kind: of the message, unless it is a batch.
         site: the line of code that it comes from.
 
     Attributes:
         count: how many calls it has.
+        known_as: under which name its duration is known.
         at: how many of them have ended.
         number: the first call's number on its channel.
         small: whether it may be sent while another one runs: the channel has room for it.
@@ -68,6 +75,7 @@ class Task:
         "flags",
         "items",
         "kind",
+        "known_as",
         "name",
         "number",
         "payload",
@@ -86,7 +94,7 @@ class Task:
         timeout: float | None,
         payload: bytes,
         buffers: Sequence[pickle.PickleBuffer] = (),
-        items: list[bytes] | None = None,
+        items: list[Any] | None = None,
         first: int = 0,
         kind: int = messages.CALL,
         site: str = "",
@@ -99,7 +107,8 @@ class Task:
         self.buffers = buffers
         self.items = items
         self.first = first
-        self.kind = kind if items is None else messages.BATCH
+        self.kind = messages.BATCH if items is not None and kind == messages.CALL else kind
+        self.known_as = name if kind != messages.BULK else f"{name} in bulk"
         self.count = 1 if items is None else len(items)
         self.site = site
         self.small = not buffers and len(payload) <= LARGEST_AHEAD
@@ -123,7 +132,9 @@ class Task:
     def pieces(self, number: int, lease: int) -> list[bytes | memoryview]:
         """The message that asks for all calls, numbered from `number`."""
         payload = self.payload
-        if self.items is not None:
+        if self.kind == messages.BULK:
+            payload = messages.pack_split(payload, pickle.dumps(self.items, 5))
+        elif self.items is not None:
             payload = messages.pack_batch(payload, self.items)
         return messages.pack(self.kind, self.flags, number, lease, payload, self.buffers)
 
@@ -143,6 +154,7 @@ class Task:
                 self.payload,
                 items=self.items[at:],
                 first=self.first + at,
+                kind=self.kind if self.kind == messages.BULK else messages.CALL,
                 site=self.site,
             )
             rest.cancelled = self.cancelled

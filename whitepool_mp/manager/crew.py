@@ -195,8 +195,12 @@ class Crew:
             )
         os.kill(self._nursery_pid, signal.SIGKILL)
 
-    def recall(self, worker: int, lease: int) -> bool:
+    def recall(self, worker: int, lease: int, patient: bool) -> bool:
         """Take a lease back through its worker, which says RELEASED when no call under it runs.
+
+        Args:
+            worker, lease: whose, and which.
+            patient: let it do first what it has been sent.
 
         Returns:
             Whether a call may be running now.
@@ -204,8 +208,8 @@ class Crew:
         hand = self._hands.get(worker)
         if hand is None:
             return False
-        busy = hand.page.recall(lease)
-        self._tell(hand, frames.recall(lease))
+        busy = hand.page.busy() if patient else hand.page.recall(lease)
+        self._tell(hand, frames.recall(lease, patient))
         return busy
 
     # --- deaths ---------------------------------------------------------------------------

@@ -64,6 +64,7 @@ _AUTH = struct.Struct("!B32s32s16sI")
 _CHECKOUT = struct.Struct("!BIBd")
 _BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
 _LEASE = struct.Struct("!BQ")
+_RECALL = struct.Struct("!BQ?")
 _REQUEST_LEASE = struct.Struct("!BIQ")
 _RESIZE = struct.Struct("!BIII")
 _NONCE = struct.Struct("!B32s")
@@ -249,7 +250,7 @@ def destroy(lease: int, reason: str) -> bytes:
 
 
 def read_lease(body: bytes) -> tuple[int, str]:
-    """Decode CHECKIN, DESTROY, RECALL or RELEASED: the lease, and the reason of a DESTROY."""
+    """Decode CHECKIN, DESTROY or RELEASED: the lease, and the reason of a DESTROY."""
     _, lease = _unpack(_LEASE, body)
     return lease, _text(body, _LEASE.size)
 
@@ -354,9 +355,15 @@ def read_reply(body: bytes) -> Any:
 # --- manager and worker ---------------------------------------------------------------------
 
 
-def recall(lease: int) -> bytes:
-    """Tell a worker that a lease was taken back."""
-    return frame(_LEASE.pack(RECALL, lease))
+def recall(lease: int, patient: bool) -> bytes:
+    """Tell a worker that a lease was taken back; or will be, when it has done all it was sent."""
+    return frame(_RECALL.pack(RECALL, lease, patient))
+
+
+def read_recall(body: bytes) -> tuple[int, bool]:
+    """Decode RECALL: the lease, and whether it comes after what was sent."""
+    _, lease, patient = _unpack(_RECALL, body)
+    return lease, patient
 
 
 def released(lease: int) -> bytes:

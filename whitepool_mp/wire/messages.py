@@ -1,7 +1,7 @@
 """Call messages: what the holder of a lease and its worker say on their direct channel.
 
-    client  --CALL | METHOD | BATCH | RELEASE-->  worker
-            <--RESULT | ERROR (one for each call, in order)--
+    client  --CALL | METHOD | BATCH | BULK | RELEASE-->  worker
+            <--RESULT | ERROR (one for each call, in order), RESULTS (for several)--
 
 A message is a 24-byte head, the sizes of its out-of-band buffers, a pickle and the buffers:
 
@@ -31,6 +31,14 @@ BATCH = 3
 RELEASE = 4
 RESULT = 5
 ERROR = 6
+BULK = 7
+"""Calls of one function with one plain value each; the payload is as of a SPLIT call, with a list
+in the place of the arguments."""
+RESULTS = 8
+"""What several calls of a BULK returned, numbered from the message's number; plain values."""
+
+PLAIN = frozenset((type(None), bool, int, float, str, bytes))
+"""Types whose pickles run no code, and mean the same when they are put one behind the other."""
 
 # Flags of a request.
 SPLIT = 1
@@ -156,6 +164,29 @@ def room(size: int) -> Any:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def pack_results(first: int, took: int, count: int, pickles: bytes | memoryview) -> bytes:
+    """A RESULTS message.
+
+    Args:
+        first: the number of the first of these calls.
+        took: nanoseconds for all of them.
+        count: how many there are.
+        pickles: of their plain results one behind the other, each without its last byte.
+    """
+    head = HEAD.pack(RESULTS, 0, 0, first, took, _SIZE.size + len(pickles))
+    return b"".join((head, _SIZE.pack(count), pickles))
+
+
+def count_results(payload: memoryview) -> int:
+    """How many results a RESULTS message has."""
+    return _size(payload, 0)
+
+
+def load_results(payload: bytes | memoryview) -> list[Any]:
+    """The values of a RESULTS message, unpickled together: as the items of one list."""
+    return list(pickle.loads(b"".join((b"(", payload[_SIZE.size :], b"l."))))
+
+
 def read_all(data: bytes) -> list[Message]:
     """The messages without buffers that stand one behind the other in some bytes."""
     found = []
@@ -234,7 +265,7 @@ class MessageReader:
             return None
         begin = self._begin
         kind, flags, count, number, token, length = HEAD.unpack_from(self._buffer, begin)
-        if not CALL <= kind <= ERROR or length > _LARGEST:
+        if not CALL <= kind <= RESULTS or length > _LARGEST:
             raise ProtocolError(f"no message begins with {bytes(self._view[begin : begin + 24])!r}")
         body = begin + HEAD.size
         if not count:

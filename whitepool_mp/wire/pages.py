@@ -43,6 +43,10 @@ UNSENT = 7
 """How many bytes of answers lie here."""
 SENDINGS = 8
 """How often the answers that lay here have been sent."""
+FIRST = 9
+"""If results of a BULK lie here: the number of the first call."""
+RESULTS = 10
+"""How many of them lie here, above their bytes in the lower half."""
 
 _NUMBER_BITS = 24
 _MASK = (1 << _NUMBER_BITS) - 1
@@ -74,8 +78,9 @@ class Page:
         self.outbox = view[NUMBERS:]
 
     def began(self, lease: int, number: int) -> bool:
-        """Whether this call is the one begun last; also after the worker's death."""
-        return self.words[BEGUN] == token(lease, number)
+        """Whether the first call that was not answered has begun; also after the worker's death."""
+        begun, call = self.words[BEGUN], token(lease, number)
+        return begun >= call and begun >> _NUMBER_BITS == call >> _NUMBER_BITS
 
     def busy(self) -> bool:
         """Whether a call is running."""
@@ -129,6 +134,19 @@ class Page:
         data = bytes(self.outbox[: words[UNSENT]])
         self._order()
         return data if words[SENDINGS] == sendings else b""
+
+    def results(self) -> tuple[int, int, bytes] | None:
+        """The results of a BULK that lie here: the first one's number, how many, their pickles."""
+        words = self.words
+        if not words[RESULTS]:
+            return None
+        sendings = words[SENDINGS]
+        self._order()
+        first, committed = words[FIRST], words[RESULTS]
+        data = bytes(self.outbox[: committed & 0xFFFF_FFFF])
+        self._order()
+        count = committed >> 32
+        return (first, count, data) if count and words[SENDINGS] == sendings else None
 
     def order_me(self) -> None:
         """In the worker: have the kernel order its reads and writes when others ask for it."""

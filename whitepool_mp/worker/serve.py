@@ -15,6 +15,8 @@ kept alive after it.
 
 from __future__ import annotations
 
+import functools
+import os
 import select
 import socket
 import sys
@@ -37,6 +39,7 @@ from whitepool_mp.wire.pages import (
     UNSENT,
     Page,
 )
+from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
 _SHORT = 100_000
 """Nanoseconds. The answer of a call that took this long is sent at once."""
@@ -69,10 +72,13 @@ class Server:
     ) -> None:
         self._control = control
         self._decoder = frames.FrameDecoder()
+        self._page = page
         self._words = page.words
         self._outbox = page.outbox
         self._unsent = 0  # bytes in there
         self._unsent_since = 0
+        self._copied = False
+        self._more = False  # whether another call follows at once
         self._resource = resource
         self._has_resource = has_resource
         self._channels: dict[int, Channel] = {}
@@ -101,6 +107,7 @@ class Server:
 
     def close_inherited(self) -> None:
         """In a child that user code forked: close its copies, so that our end-of-file comes."""
+        self._copied = True
         for channel in self._channels.values():
             channel.sock.close()
         self._control.close()
@@ -117,7 +124,9 @@ class Server:
                 self._channels[sock.fileno()] = Channel(sock)
                 self._poll.register(sock.fileno(), select.EPOLLIN)
             elif body[0] == frames.RECALL:
-                lease, _ = frames.read_lease(body)
+                lease, patient = frames.read_recall(body)
+                if patient:
+                    self._serve_sent()
                 if lease >= self._fence:
                     self._fence = lease + 1
                     self._kept.clear()
@@ -128,6 +137,14 @@ class Server:
             else:
                 raise ProtocolError(f"the manager sent a frame of kind {body[0]}")
         return True
+
+    def _serve_sent(self) -> None:
+        """Serve what has been sent so far."""
+        control = self._control.fileno()
+        while channels := [fd for fd, _ in self._poll.poll(0) if fd != control]:
+            for fd in channels:
+                if fd in self._channels:
+                    self._hear_client(self._channels[fd])
 
     def _drop(self, channel: Channel) -> None:
         fd = channel.sock.fileno()
@@ -164,6 +181,8 @@ class Server:
             self._method(channel, message)
         elif message.kind == messages.BATCH:
             self._batch(channel, message)
+        elif message.kind == messages.BULK:
+            self._bulk(channel, message)
         elif message.kind == messages.RELEASE:
             if lease == self._fence:
                 self._kept.clear()
@@ -176,21 +195,30 @@ class Server:
         It says first that the call begins and looks then whether it was taken back: who takes it
         back does both the other way round.
         """
+        refused = self._claim(lease, number, 1)
+        if refused:
+            self._refuse(channel, number, refused)
+        return not refused
+
+    def _claim(self, lease: int, last: int, count: int) -> int:
+        """Say that calls up to number `last` begin; why they may not, or 0."""
         words = self._words
-        calls = self._calls + 1
-        token = pages.token(lease, number)
+        calls = self._calls + count
+        token = pages.token(lease, last)
         words[CALLS] = calls
         words[BEGUN] = token
         if lease >= self._fence and words[RECALLED] < lease:
             if not words[SKIP_AFTER] < token <= words[SKIP_TO]:
                 self._calls = calls
-                return True
+                return 0
             why = messages.SKIPPED
         else:
             why = messages.FENCED
         words[CALLS] = self._calls
+        return why
+
+    def _refuse(self, channel: Channel, number: int, why: int) -> None:
         self._answer(channel, messages.pack(messages.ERROR, why, number, 0, b""))
-        return False
 
     def _call(self, channel: Channel, message: Message) -> None:
         _, flags, number, lease, data, buffers = message
@@ -228,10 +256,14 @@ class Server:
         except BaseException as error:
             self._fail(channel, number, messages.RAISED, error, started)
             return
-        took = time.perf_counter_ns() - started
+        self._reply(channel, number, function, value, time.perf_counter_ns() - started)
+
+    def _reply(self, channel: Channel, number: int, function: Any, value: Any, took: int) -> None:
+        """Answer with a result."""
         try:
             data, buffers = payload.dumps(value)
         except BaseException as error:
+            started = time.perf_counter_ns() - took
             self._fail(channel, number, messages.DUMPING, error, started, function, value)
             return
         self._answer(channel, messages.pack(RESULT, 0, number, took, data, buffers), took)
@@ -244,6 +276,8 @@ class Server:
         The page says that its call has ended before its reader can look there, and not while this
         waits for the reader to make room.
         """
+        if self._copied:
+            os._exit(1)  # its parent answers
         words = self._words
         data = pieces[0]
         if len(pieces) > 1:
@@ -251,11 +285,16 @@ class Server:
             messages.send_all(channel.sock, pieces)
             words[ENDED] = self._calls
             return
-        if took < _SHORT and not channel.reader.clean and self._put(channel, data):
+        if took < _SHORT and (self._more or not channel.reader.clean) and self._put(data):
             words[ENDED] = self._calls
             return
         if self._unsent:
             self._send_unsent(channel)
+        self._transmit(channel, data)
+
+    def _transmit(self, channel: Channel, data: bytes | memoryview) -> None:
+        """Write an answer, with which all calls so far have ended."""
+        words = self._words
         words[ENDED] = self._calls
         try:
             sent = channel.sock.send(data, socket.MSG_DONTWAIT)
@@ -266,7 +305,7 @@ class Server:
             channel.sock.sendall(memoryview(data)[sent:])
             words[ENDED] = self._calls
 
-    def _put(self, channel: Channel, data: bytes | memoryview) -> bool:
+    def _put(self, data: bytes | memoryview) -> bool:
         """Keep a short job's answer until the next ones are there; whether there is room.
 
         It lies in shared memory: if this process dies now, it is found there.
@@ -326,7 +365,9 @@ class Server:
         lease, number, flags = message.token, message.number, message.flags
         del message
         function: Callable[..., Any] | None = None
+        last = len(items) - 1
         for offset, item in enumerate(items):
+            self._more = offset < last
             if not self._begin(channel, lease, number + offset):
                 continue
             started = time.perf_counter_ns()
@@ -339,6 +380,73 @@ class Server:
                 continue
             self._run(channel, number + offset, flags, function, args, kwargs, started)
             del args, kwargs
+
+    def _bulk(self, channel: Channel, message: Message) -> None:
+        """Many calls that are likely to be short: as little as possible is done for each of them.
+
+        They are begun a few at a time. Their results lie in shared memory until they are sent; that
+        a result lies there says that its call has ended and that the next one runs.
+        """
+        _, flags, number, lease, data, _ = message
+        function_pickle, rest = messages.read_split(data)
+        values = payload.loads(rest)
+        self._send_unsent(channel)
+        bulk = Bulk(self._page, number)
+        function: Callable[..., Any] | None = None
+        at, count, group = 0, len(values), 1
+        while at < count:
+            claimed = min(group, count - at)
+            why = self._claim(lease, number + at + claimed - 1, claimed)
+            if why == messages.SKIPPED and claimed > 1:
+                group = 1  # the first of them may not have been taken back
+                continue
+            if why:
+                self._flush(channel, bulk, number + at)
+                self._refuse(channel, number + at, why)
+                if why == messages.SKIPPED and at < count - 1:
+                    self._refuse(channel, number + count - 1, why)
+                return  # nothing behind it may begin either
+            started = time.perf_counter_ns()
+            done, step, problem = 0, messages.LOADING, None
+            try:
+                if function is None:
+                    function = payload.loads(function_pickle)
+                    if flags & messages.WITH_RESOURCE:
+                        function = functools.partial(function, self._resource)
+            except BaseException as error:
+                problem = error
+            else:
+                step = messages.RAISED
+                done, problem = bulk.run(function, values[at : at + claimed], self._is_copy)
+            took = time.perf_counter_ns() - started
+            bulk.took += took
+            at += done
+            if done < claimed:
+                self._calls -= claimed - done - 1
+                self._words[CALLS] = self._calls
+                self._flush(channel, bulk, number + at + 1)
+                if problem is not None:
+                    self._fail(channel, number + at, step, problem, started)
+                else:
+                    self._reply(channel, number + at, function, bulk.odd, took)
+                    bulk.odd = None
+                at += 1
+            elif at == count or bulk.due:
+                self._flush(channel, bulk, number + at, at == count)
+            group = min(group * 2, LARGEST_GROUP) if took < _SHORT // 2 else max(group // 2, 1)
+
+    def _flush(self, channel: Channel, bulk: Bulk, following: int, ended: bool = False) -> None:
+        """Send the results that lie in shared memory."""
+        data = bulk.message()
+        if data is not None and ended:
+            self._transmit(channel, data)
+        elif data is not None:
+            channel.sock.sendall(data)
+        bulk.sent(following)
+
+    def _is_copy(self) -> bool:
+        """Whether this is a child that user code forked and that came back here."""
+        return self._copied
 
     def _fail(
         self,

@@ -1,0 +1,619 @@
+"""The worker's page: what it tells, and calls taken back that never begin, also in a hammering."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whitepool_mp.wire import messages, pages
+from whitepool_mp.wire.pages import (
+    BEGUN,
+    UNSENT,
+    Page,
+    token,
+)
+from whitepool_mp.worker import serve
+from whitepool_mp.worker.serve import Channel, Server
+
+ROOT = Path(__file__).parents[2]
+LEASE = 7
+
+
+class Sheet:
+    """A page's memory, and the views of it that were made."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("page", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, pages.SIZE)
+        self._views: list[Page] = []
+
+    def view(self, size: int = pages.SIZE) -> Page:
+        page = Page(self.fd, size)
+        self._views.append(page)
+        return page
+
+    def close(self) -> None:
+        for page in self._views:
+            page.close()
+        os.close(self.fd)
+
+
+class Worker:
+    """The worker's side: the server's own steps, taken one at a time."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self._ends = socket.socketpair()
+        self.server = Server(self._ends[0], page, None, False)
+        self.channel = Channel(self._ends[1])
+
+    def begin(self, number: int, lease: int = LEASE) -> bool:
+        """Whether a call may begin; a refusal is answered."""
+        self._adopt(lease)
+        return self.server._begin(self.channel, lease, number)
+
+    def _adopt(self, lease: int) -> None:
+        self.server._fence = max(self.server._fence, lease)
+
+    def end(self, number: int = 0) -> None:
+        self.server._answer(self.channel, [answer(number)])
+
+    def put(self, data: bytes) -> None:
+        """Keep an answer."""
+        assert self.server._put(self.channel, data)
+
+    def send(self) -> None:
+        """Send what is kept."""
+        self.server._send_unsent(self.channel)
+
+    def close(self) -> None:
+        self.server._poll.close()
+        for sock in self._ends:
+            sock.close()
+
+
+@pytest.fixture
+def sheet() -> Iterator[Sheet]:
+    made = Sheet()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def worker(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    monkeypatch.setattr(serve, "_HELD_BACK", 10**15)  # nanoseconds: answers are sent by `send`
+    page = sheet.view()
+    page.order_me()
+    assert page.ordered
+    made = Worker(page)
+    yield made
+    made.close()
+    del made.server
+
+
+@pytest.fixture
+def holder(sheet: Sheet, worker: Worker) -> Page:
+    return sheet.view()
+
+
+def answer(number: int, size: int = 8) -> bytes:
+    (piece,) = messages.pack(messages.RESULT, 0, number, 0, bytes([number % 251]) * size)
+    return bytes(piece)
+
+
+def numbers(data: bytes) -> list[int]:
+    return [message.number for message in messages.read_all(data)]
+
+
+# --- the names of calls -----------------------------------------------------------------------
+
+
+def test_tokens_are_in_the_order_of_leases_and_then_of_numbers() -> None:
+    names = [(1, 0), (1, 1), (1, 2), (1, 0xFF_FFFF), (2, 0), (2, 1), (3, 0), (1 << 39, 5)]
+    tokens = [token(*name) for name in names]
+    assert tokens == sorted(tokens)
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_a_token_is_one_word_however_large_its_parts_are(sheet: Sheet) -> None:
+    page = sheet.view()
+    for lease, number in ((1 << 60, 1), (1 << 70, 0xFFFF_FFFF), ((1 << 40) - 1, 0xFF_FFFF)):
+        page.words[BEGUN] = token(lease, number)
+        assert page.began(lease, number)
+
+
+# --- what it tells ----------------------------------------------------------------------------
+
+
+def test_a_new_page_tells_of_nothing(sheet: Sheet) -> None:
+    page = sheet.view()
+    assert not page.began(1, 1)
+    assert not page.busy()
+    assert not page.ordered
+    assert page.calls == 0
+    assert page.unsent() == b""
+
+
+def test_every_view_tells_of_the_call_begun_last(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1)
+    assert holder.began(LEASE, 1)
+    assert holder.busy()
+    worker.end()
+    assert holder.began(LEASE, 1) and not holder.busy()
+    assert worker.begin(2)
+    assert holder.began(LEASE, 2) and not holder.began(LEASE, 1)
+    assert not holder.began(LEASE + 1, 2)
+    assert holder.calls == 2
+
+
+def test_a_view_of_the_numbers_tells_them_too(sheet: Sheet, worker: Worker) -> None:
+    manager = sheet.view(pages.NUMBERS)
+    worker.begin(1)
+    assert manager.busy() and manager.calls == 1
+    assert manager.recall(LEASE)
+    worker.end()
+    assert not worker.begin(2)
+    assert len(manager.outbox) == 0
+
+
+def test_it_outlives_the_process_that_wrote_it(sheet: Sheet) -> None:
+    code = """
+        import os, signal
+        page = pages.Page(int(sys.argv[1]))
+        page.words[pages.BEGUN] = pages.token(7, 41)
+        page.words[pages.CALLS] = 41
+        page.outbox[:5] = b"hello"
+        page.words[pages.UNSENT] = 5
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with process(code, sheet.fd) as other:
+        other.wait(20)
+    page = sheet.view()
+    assert page.began(7, 41) and page.busy()
+    assert bytes(page.outbox[: page.words[UNSENT]]) == b"hello"
+    assert page.unsent() == b"hello"
+
+
+def test_a_closed_page_is_unmapped_and_the_others_are_not(sheet: Sheet, worker: Worker) -> None:
+    page = Page(sheet.fd)
+    inode = os.fstat(sheet.fd).st_ino
+    before = mappings(inode)
+    page.close()
+    assert mappings(inode) == before - 1
+    with pytest.raises(ValueError, match="released"):
+        page.began(1, 1)
+    assert worker.begin(1)
+    page.close()  # twice is harmless
+
+
+def mappings(inode: int) -> int:
+    with open("/proc/self/maps") as file:
+        return sum(line.split()[4] == str(inode) for line in file)
+
+
+def test_without_memory_there_is_no_page() -> None:
+    fd = os.memfd_create("small", os.MFD_CLOEXEC)
+    try:
+        with pytest.raises((OSError, ValueError)):
+            Page(fd)
+    finally:
+        os.close(fd)
+
+
+# --- taking back ------------------------------------------------------------------------------
+
+
+def test_what_is_behind_the_running_call_is_taken_back(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1)
+    assert holder.take_back(LEASE, 1, 5) == 1
+    worker.end()
+    assert [worker.begin(number) for number in range(2, 6)] == [False] * 4
+    assert worker.begin(6)
+    assert holder.calls == 2
+
+
+def test_calls_that_have_begun_are_not_taken_back(worker: Worker, holder: Page) -> None:
+    for number in range(1, 4):
+        assert worker.begin(number)
+        worker.end()
+    assert holder.take_back(LEASE, 1, 5) == 3
+    assert not worker.begin(4) and not worker.begin(5)
+    assert holder.take_back(LEASE, 1, 5) == 5
+
+
+def test_nothing_is_taken_back_when_all_has_begun(worker: Worker, holder: Page) -> None:
+    for number in range(1, 6):
+        assert worker.begin(number)
+        worker.end()
+    assert holder.take_back(LEASE, 1, 5) == 5
+    assert holder.take_back(LEASE, 1, 3) == 3
+    assert worker.begin(6)
+
+
+def test_the_first_in_flight_may_be_taken_for_begun_and_begins_later(
+    worker: Worker, holder: Page
+) -> None:
+    assert holder.take_back(LEASE, 1, 3) == 1
+    assert worker.begin(1)
+    worker.end()
+    assert not worker.begin(2)
+
+
+def test_calls_of_an_older_lease_do_not_count_as_begun(worker: Worker, holder: Page) -> None:
+    assert worker.begin(500, LEASE - 1)
+    worker.end()
+    assert holder.take_back(LEASE, 1, 9) == 1
+    assert worker.begin(1) and not worker.begin(2)
+
+
+def test_under_a_newer_lease_everything_counts_as_begun(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1, LEASE + 1)
+    assert holder.take_back(LEASE, 1, 9) == 9
+
+
+def test_more_may_be_taken_back_before_the_worker_has_passed_the_first(
+    worker: Worker, holder: Page
+) -> None:
+    assert worker.begin(1)
+    assert holder.take_back(LEASE, 1, 5) == 1
+    worker.end()
+    assert not worker.begin(2)
+    # 6 to 9 were sent meanwhile.
+    assert holder.take_back(LEASE, 1, 9) == 2
+    assert [worker.begin(number) for number in range(3, 10)] == [False] * 7
+    assert worker.begin(10)
+
+
+def test_the_next_lease_is_not_touched_by_what_was_taken_back(worker: Worker, holder: Page) -> None:
+    assert holder.take_back(LEASE, 1, 9) == 1
+    assert not worker.begin(3)
+    assert all(worker.begin(number, LEASE + 1) for number in range(1, 10))
+
+
+def test_a_call_that_is_just_beginning_is_not_both_taken_back_and_run(
+    worker: Worker, holder: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        ran: list[bool] = []
+        calls = 0
+
+        def between(step: int = step, ran: list[bool] = ran) -> bool:
+            """The worker begins at the moment of this barrier."""
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                ran.append(worker.begin(10 * step + 2))
+            return True
+
+        monkeypatch.setattr(pages.barrier, "issue", between)
+        begun = holder.take_back(LEASE, 10 * step + 1, 10 * step + 5)
+        assert begun == 10 * step + 2  # taken for begun: it is answered, be it with a refusal
+        assert ran == [step == 1]
+        assert calls == 2
+
+
+def test_nothing_is_taken_back_where_the_kernel_cannot_order(
+    sheet: Sheet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = sheet.view()
+    assert not page.ordered
+    assert page.take_back(LEASE, 1, 5) is None
+    page.order_me()
+    monkeypatch.setattr(pages.barrier, "issue", lambda: False)
+    assert page.take_back(LEASE, 1, 5) is None
+    with contextlib.closing(Worker(page)) as worker:
+        assert all(worker.begin(number) for number in range(1, 6))
+
+
+# --- recall -----------------------------------------------------------------------------------
+
+
+def test_a_recalled_lease_begins_nothing(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1)
+    worker.end()
+    assert holder.recall(LEASE) is False
+    assert not worker.begin(2)
+    assert not worker.begin(1, LEASE - 1)
+    assert worker.begin(1, LEASE + 1)
+
+
+def test_a_recall_tells_that_a_call_is_running(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1)
+    assert holder.recall(LEASE) is True
+    worker.end()
+    assert not worker.begin(2)
+    assert not holder.busy()  # a refused call is none
+    assert holder.calls == 1
+
+
+def test_a_recall_says_running_where_the_kernel_cannot_order(sheet: Sheet) -> None:
+    page = sheet.view()
+    assert not page.busy()
+    assert page.recall(LEASE) is True
+
+
+# --- answers that lie there -------------------------------------------------------------------
+
+
+def test_answers_lie_there_until_they_are_sent(worker: Worker, holder: Page) -> None:
+    worker.put(answer(1))
+    worker.put(answer(2, 0))
+    worker.put(answer(3, 1000))
+    assert numbers(holder.unsent()) == [1, 2, 3]
+    assert numbers(holder.unsent()) == [1, 2, 3]
+    worker.send()
+    assert holder.unsent() == b""
+    worker.put(answer(4))
+    assert numbers(holder.unsent()) == [4]
+
+
+def test_an_outbox_that_is_full_can_be_read(worker: Worker, holder: Page) -> None:
+    size = pages.OUTBOX - len(answer(1, 0))
+    worker.put(answer(1, size))
+    (message,) = messages.read_all(holder.unsent())
+    assert len(message.payload) == size
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("again", [False, True])
+def test_answers_that_are_sent_while_one_looks_are_whole_or_not_there(
+    worker: Worker, holder: Page, monkeypatch: pytest.MonkeyPatch, step: int, again: bool
+) -> None:
+    calls = 0
+
+    def between() -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            worker.send()
+            if again:
+                worker.put(answer(3, 100))
+        return True
+
+    worker.put(answer(1))
+    worker.put(answer(2))
+    monkeypatch.setattr(pages.barrier, "issue", between)
+    assert holder.unsent() == b""
+
+
+class Watched:
+    """A page's words, with something to do after each one is written."""
+
+    def __init__(self, words: Any, then: Callable[[], None]) -> None:
+        self._words, self._then = words, then
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._words[index])
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._words[index] = value
+        self._then()
+
+
+class Meanwhile:
+    """An outbox in which something happens between the question for its content and the answer."""
+
+    def __init__(self, outbox: Any, deed: Callable[[], None]) -> None:
+        self._outbox, self._deed = outbox, deed
+
+    def __getitem__(self, where: Any) -> Any:
+        self._deed()
+        return self._outbox[where]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_answers_that_replace_others_while_one_reads_are_not_mixed_with_them(
+    worker: Worker, holder: Page, stop: int
+) -> None:
+    """However far the worker has come with sending (`stop` words written) when somebody reads."""
+    worker.put(answer(1, 8))
+    worker.put(answer(2, 8))
+    written, go, reached = 0, threading.Event(), threading.Event()
+
+    def then() -> None:
+        nonlocal written
+        written += 1
+        if written == stop:
+            reached.set()
+            assert go.wait(20)
+
+    def body() -> None:
+        if not stop:
+            reached.set()
+            assert go.wait(20)
+        worker.send()
+        reached.set()
+        worker.put(answer(3, 1))
+
+    worker.server._words = Watched(worker.server._words, then)  # type: ignore[assignment]
+    runner = threading.Thread(target=body)
+    runner.start()
+
+    def the_rest() -> None:
+        go.set()
+        runner.join(20)
+        assert not runner.is_alive()
+
+    assert reached.wait(20)
+    holder.outbox = Meanwhile(holder.outbox, the_rest)  # type: ignore[assignment]
+    found = holder.unsent()
+    the_rest()
+    assert numbers(found) in ([], [1, 2], [3])
+
+
+# --- two processes ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def process(code: str, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs some lines with these descriptors as its arguments."""
+    begin = "import mmap, os, sys\nfrom whitepool_mp.wire import pages\n"
+    running = subprocess.Popen(
+        [sys.executable, "-c", begin + textwrap.dedent(code), *map(str, fds)],
+        pass_fds=fds,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+
+
+SENT, PASSED, LOG = 0, 1, 4096
+MOST = 1 << 20
+
+SERVE = """
+    # Begins every call that was sent, as the server does, and logs what it began.
+    import socket
+    from whitepool_mp.worker.serve import Channel, Server
+    page = pages.Page(int(sys.argv[1]))
+    page.order_me()
+    shared = mmap.mmap(int(sys.argv[2]), 0)
+    words = memoryview(shared)[:4096].cast("Q")
+    log = memoryview(shared)[4096:]
+    one, other = socket.socketpair()
+    server = Server(one, page, None, False)
+    server._answer = lambda channel, pieces: None
+    channel = Channel(other)
+    parent = os.getppid()
+    number = 0
+    while os.getppid() == parent:
+        while words[0] > number:
+            number += 1
+            lease = words[2]
+            if lease > server._fence:
+                server._fence = lease
+            if server._begin(channel, lease, number):
+                log[number] = 1
+            page.words[pages.ENDED] = server._calls
+            words[1] = number
+"""
+
+
+class Other:
+    """A worker in another process that begins whatever it is sent, and the log of what it began."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.page = sheet.view()
+        self._fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, LOG + MOST)
+        self._map = mmap.mmap(self._fd, 0)
+        self.words = memoryview(self._map)[:LOG].cast("Q")
+        self.log = memoryview(self._map)[LOG:]
+        self.sent = 0
+        self.words[2] = LEASE
+        self._process = process(SERVE, sheet.fd, self._fd)
+        self.running = self._process.__enter__()
+        self._until(lambda: self.page.ordered)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline and self.running.poll() is None
+            time.sleep(0)
+
+    def send(self, count: int) -> None:
+        self.sent += count
+        assert self.sent < MOST
+        self.words[0] = self.sent
+
+    def passes(self) -> None:
+        """Wait until it has looked at all that it was sent."""
+        self._until(lambda: self.words[1] == self.sent)
+
+    def began(self, number: int) -> bool:
+        return bool(self.log[number])
+
+    def close(self) -> None:
+        self._process.__exit__(None, None, None)
+        self.words.release()
+        self.log.release()
+        self._map.close()
+        os.close(self._fd)
+
+
+@pytest.fixture
+def other(sheet: Sheet) -> Iterator[Other]:
+    made = Other(sheet)
+    yield made
+    made.close()
+
+
+def linger(chance: random.Random) -> None:
+    """Let the worker come to another place."""
+    for _ in range(chance.randrange(300)):
+        pass
+
+
+def test_no_call_is_both_taken_back_and_begun(other: Other) -> None:
+    """A hammering; a call beyond the number that `take_back` returns never begins, others do."""
+    chance = random.Random()
+    middle = 0
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline and other.sent < MOST - 200:
+        first = other.sent + 1
+        other.send(chance.randrange(2, 60))
+        linger(chance)
+        begun = other.page.take_back(LEASE, first, other.sent)
+        assert begun is not None and first <= begun <= other.sent
+        if chance.random() < 0.5:  # and more behind them, before it has passed those
+            taken = begun
+            other.send(chance.randrange(1, 20))
+            linger(chance)
+            begun = other.page.take_back(LEASE, first, other.sent)
+            assert begun is not None
+            assert begun >= taken
+        else:
+            taken = begun
+        last = other.sent
+        other.passes()
+        for number in range(first, last + 1):
+            if number < taken:
+                assert other.began(number)
+            elif number > begun:
+                assert not other.began(number)
+        middle += first < taken < last
+        other.send(1)  # what comes behind them begins
+        other.passes()
+        assert other.began(other.sent)
+    assert middle  # some were taken back in the middle of their run
+
+
+def test_nothing_begins_under_a_recalled_lease(other: Other) -> None:
+    """A hammering; `recall` returning False says that nothing runs and nothing will."""
+    chance = random.Random()
+    seen = {True: 0, False: 0}
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline and other.sent < MOST - 200:
+        lease = other.words[2]
+        first = other.sent + 1
+        other.send(chance.randrange(1, 60))
+        linger(chance)
+        busy = other.page.recall(lease)
+        begun = other.log[first : other.sent + 1].tolist()
+        calls = other.page.calls
+        seen[busy] += 1
+        other.passes()
+        after = other.log[first : other.sent + 1].tolist()
+        assert sum(after) - sum(begun) <= busy
+        assert other.page.calls - calls in ((0,) if not busy else (0, -1))
+        assert after == sorted(after, reverse=True)  # the first ones, to the recall
+        other.words[2] = lease + 1
+        other.send(1)
+        other.passes()
+        assert other.began(other.sent)
+    assert seen[False]
