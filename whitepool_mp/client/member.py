@@ -35,7 +35,7 @@ from whitepool_mp.errors import (
     WorkerDied,
     headline,
 )
-from whitepool_mp.wire import frames, payload
+from whitepool_mp.wire import frames, payload, rooms
 
 if TYPE_CHECKING:
     from whitepool_mp.client.hold import Hold
@@ -297,6 +297,7 @@ class Member:
             for link in list(self._links):
                 link.hang_up()
             self.kept.clear()
+            rooms.let_go()
             self._channels.clear()
             self._free.clear()
             self._local = threading.local()

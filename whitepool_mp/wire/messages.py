@@ -17,13 +17,13 @@ into the memory in which they stay.
 
 from __future__ import annotations
 
-import mmap
 import pickle
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from whitepool_mp.errors import ProtocolError
+from whitepool_mp.wire.rooms import room
 
 CALL = 1
 METHOD = 2
@@ -63,7 +63,6 @@ HEAD = struct.Struct("<BBHIQQ")
 
 _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
-_IN_OWN_MAPPING = 256 * 1024
 _LARGEST = 1 << 46
 MAX_BUFFERS = (_BUFFER - HEAD.size) // 8
 """How many buffers a message may have: head and sizes must fit the reader's buffer."""
@@ -155,13 +154,6 @@ def read_batch(payload: memoryview) -> tuple[bytes, list[bytes]]:
         items.append(bytes(payload[at + 4 : at + 4 + size]))
         at += 4 + size
     return function, items
-
-
-def room(size: int) -> Any:
-    """Writable memory for one incoming buffer; a large one is not touched before it is filled."""
-    if size < _IN_OWN_MAPPING:
-        return bytearray(size)
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def pack_results(first: int, took: int, count: int, pickles: bytes | memoryview) -> bytes:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.wire import descriptors, frames, messages, pages, payload
+from whitepool_mp.wire import descriptors, frames, messages, pages, payload, rooms
 from whitepool_mp.wire.messages import RESULT, Message, MessageReader
 from whitepool_mp.wire.pages import (
     BEGUN,
@@ -41,6 +41,8 @@ from whitepool_mp.wire.pages import (
 )
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
+_WARM_SECONDS = 1.0
+"""For how long an idle worker keeps memory for large arguments."""
 _SHORT = 100_000
 """Nanoseconds. The answer of a call that took this long is sent at once."""
 _HELD_BACK = 500_000
@@ -97,7 +99,9 @@ class Server:
         """
         control = self._control.fileno()
         while True:
-            ready = self._poll.poll()
+            ready = self._poll.poll(_WARM_SECONDS if rooms.kept() else None)
+            if not ready:
+                rooms.let_go()
             for fd, _ in ready:
                 if fd == control:
                     if not self._hear_manager():
