@@ -11,9 +11,11 @@ are imported when they are first used, so `import whitepool_mp` costs next to no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # importing `typing` takes longer than all the rest of this
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from whitepool_mp.aio import AsyncSession
     from whitepool_mp.aio_lease import AsyncLease
     from whitepool_mp.errors import (

@@ -129,9 +129,10 @@ class MapJob:
             and sum(len(value) for value in values if type(value) in _SIZED) > ITEM_INLINE
         ):
             self.exhausted = len(values) < size
-            if values:
-                self._send(self._task(values, self.read, messages.BULK))
-                self.read += len(values)
+            first = self.read
+            self.read += len(values)
+            if values:  # they are the task's from here on
+                self._send(self._task(values, first, messages.BULK))
             return True
         self._column = None
         self._inputs = zip(chain(values, column))
@@ -224,6 +225,8 @@ class MapJob:
 
     def _learn(self, seconds: float) -> None:
         """A call took so long."""
+        if not seconds:
+            return  # not known
         self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
 
     def _put(self, index: int, returned: bool, value: Any) -> None:

@@ -254,6 +254,9 @@ class Session:
                 raise member.closing()
             try:
                 hold, found = member.kept.pop(), True
+                if hold.is_recalled():  # a call would wait behind somebody else's, to be refused
+                    member.return_channel(hold.worker, hold.recalled())
+                    continue
             except IndexError:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 hold, found = self._checkout(left, keep=True), False

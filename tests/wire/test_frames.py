@@ -96,8 +96,8 @@ def _refused(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _channel(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    opened = draw(st.booleans())
-    return frames.channel(number, opened), frames.CHANNEL, frames.read_channel, opened
+    slot = draw(st.integers(0, 248))
+    return frames.channel(number, slot), frames.CHANNEL, frames.read_channel, slot
 
 
 def _reply(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
@@ -226,7 +226,7 @@ def test_a_truncated_body_is_read_or_refused_but_never_a_crash(one: Any) -> None
         (frames.read_nonce, frames.challenge(bytes(32))),
         (frames.read_grant, frames.grant(1, 1, 1, 1, 1)),
         (frames.read_refused, frames.refused(1, "full", "")),
-        (frames.read_channel, frames.channel(1, True)),
+        (frames.read_channel, frames.channel(1, 3)),
         (frames.read_reply, frames.reply(1, None)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -24,14 +24,15 @@ class Channel:
     Args:
         sock_fd: the socket; owned from here on.
         page_fd: the worker's page; mapped and closed.
+        slot: the channel's place on that page.
     """
 
-    def __init__(self, sock_fd: int, page_fd: int) -> None:
+    def __init__(self, sock_fd: int, page_fd: int, slot: int) -> None:
         self.sock = socket.socket(fileno=sock_fd)
         self.sock.setblocking(True)
         self.reader = MessageReader()
         try:
-            self.page = Page(page_fd)
+            self.page = Page(page_fd, slot=slot)
         except OSError:  # it takes a descriptor of its own, and there may be none
             self.sock.close()
             raise
@@ -92,8 +93,8 @@ class Channel:
         return self.page.began(lease, number)
 
     def dead(self) -> bool:
-        """Whether the worker's end is closed (nothing is ever sent to an idle client)."""
-        return bool(self._poll.poll(0))
+        """Whether the worker's end is closed."""
+        return any(events & (select.POLLHUP | select.POLLERR) for _, events in self._poll.poll(0))
 
     def hang_up(self) -> None:
         """End an exchange that another thread is in; that thread then closes the channel."""

@@ -63,6 +63,7 @@ class Dispatcher:
         self._leases: dict[int, EngineLease] = {}  # by worker
         self.free: dict[EngineLease, None] = {}
         self._roomy: dict[EngineLease, None] = {}  # busy, and might take more
+        self._unkept: dict[EngineLease, None] = {}  # those that may not be kept
         self._long: dict[EngineLease, None] = {}  # with work for longer than a turn, perhaps
         self._stacked: dict[EngineLease, None] = {}  # with calls behind the first one, perhaps
         self._unpushed: dict[EngineChannel, None] = {}
@@ -94,10 +95,7 @@ class Dispatcher:
     def dispatch(self) -> None:
         """Send what can be sent, and ask for more workers if that is not all."""
         pending = self._pending
-        while self.free and pending:
-            task = self._next()
-            if task is not None:
-                self._assign(self.free.popitem()[0], task)
+        self._feed_free()
         if pending and self._roomy:
             share = max(1, len(pending) // len(self._roomy))
             for lease in list(self._roomy):
@@ -108,8 +106,9 @@ class Dispatcher:
             self._cancel_tickets()
             if self.free and self._stacked:
                 self._share_out()
-            if self.draining and self.free:
-                self._give_back_all()
+            for lease in list(self.free if self.draining else self._unkept):
+                if lease in self.free:
+                    self._check_in(lease)
         self.hungry = (
             bool(self.free)
             or len(self._leases) + len(self._tickets) < self._engine.capacity()
@@ -120,6 +119,18 @@ class Dispatcher:
                 self._engine.push(channel)
             self._unpushed.clear()
 
+    def _feed_free(self) -> None:
+        """Give every free worker a task."""
+        while self.free and self._pending:
+            lease = next(reversed(self.free))
+            if lease.channel is not None and lease.channel.page.is_recalled(lease.id):
+                self._recalled(lease)
+                continue
+            task = self._next()
+            if task is not None:
+                del self.free[lease]
+                self._assign(lease, task)
+
     def _next(self) -> Task | None:
         """The next task that somebody wants, if that is the next one."""
         task = self._pending.popleft()
@@ -128,7 +139,13 @@ class Dispatcher:
     def _fill(self, lease: EngineLease, share: int) -> None:
         """Send up to `share` more tasks to a busy worker, as far as there is room for them."""
         pending, seconds, channel = self._pending, self._seconds, lease.channel
-        if channel is None or lease.stuck or not channel.page.ordered or channel.blocked:
+        if (
+            channel is None
+            or lease.stuck
+            or not channel.page.ordered
+            or channel.blocked
+            or channel.page.is_recalled(lease.id)
+        ):
             self._roomy.pop(lease, None)
             return
         while share and pending:
@@ -254,8 +271,8 @@ class Dispatcher:
             self.superseded(lease.worker)
             self._leases[lease.worker] = lease
             self.free[lease] = None
-            if not lease.keep and not self._pending:
-                self._check_in(lease)
+            if not lease.keep:
+                self._unkept[lease] = None
             return
         if refused is None:
             return  # the manager is gone, and `break_all` ends the jobs
@@ -383,6 +400,7 @@ class Dispatcher:
         self.free.pop(lease, None)
         self._roomy.pop(lease, None)
         self._stacked.pop(lease, None)
+        self._unkept.pop(lease, None)
         self._long.pop(lease, None)
 
     # --- taking back ----------------------------------------------------------------------
@@ -426,10 +444,7 @@ class Dispatcher:
         if victim is None or victim.load < PATIENCE_SECONDS / 4:
             return
         self._take_back(victim)
-        while self.free and self._pending:
-            task = self._next()
-            if task is not None:
-                self._assign(self.free.popitem()[0], task)
+        self._feed_free()
         for lease in list(self._roomy):
             self._fill(lease, len(self._pending))
 
@@ -594,6 +609,7 @@ class Dispatcher:
         self._roomy.clear()
         self._stacked.clear()
         self._long.clear()
+        self._unkept.clear()
         self._fail_pending(error)
 
     def _fail_pending(self, error: BaseException) -> None:
@@ -611,7 +627,3 @@ class Dispatcher:
         member = self._engine.member()
         name = "" if member is None else f" {member.name!r}"
         return PoolClosed(f"pool{name} is shutting down: it takes no new jobs")
-
-    def _give_back_all(self) -> None:
-        for lease in list(self.free):
-            self._check_in(lease)

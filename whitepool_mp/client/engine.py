@@ -86,7 +86,14 @@ class Engine:
         self.broken: WhitepoolError | None = None
         # An event loop may end and leave its engine behind.
         self._collected = weakref.finalize(
-            self, _leave, self.jobs.free, self._sock, self._channels, self._epoll, self._wake
+            self,
+            _leave,
+            self._outbox,
+            self.jobs.free,
+            self._sock,
+            self._channels,
+            self._epoll,
+            self._wake,
         )
         self._collected.atexit = False
         _engines.add(self)
@@ -115,7 +122,6 @@ class Engine:
         if self._closed:
             self._fail_inbox()
         elif self._asleep and self.jobs.hungry:
-            self._asleep = False
             with self._wake_lock:
                 if self._wake >= 0:
                     os.eventfd_write(self._wake, 1)
@@ -173,7 +179,7 @@ class Engine:
     def close(self) -> None:
         """Let go of everything; what has not ended fails with `PoolClosed`."""
         if self.broken is None:
-            _give_back(self.jobs.free, self._sock)
+            _give_back(self._outbox, self.jobs.free, self._sock)
             self._break(self._gone())
         self.discard()
         self._run_posted()
@@ -398,13 +404,14 @@ class Engine:
             assert self.broken is not None
             self.jobs.break_all(self.broken, [lease])
             return
-        if not frames.read_channel(body):
+        slot = frames.read_channel(body)
+        if not slot:
             if lease.ended is None:
                 self.jobs.lost(lease)
             return
         self._forget_dead()
         try:
-            channel = EngineChannel(*take_pair(self._fds))
+            channel = EngineChannel(*take_pair(self._fds), slot)
         except OSError as error:
             self.jobs.give_up(lease, error)
             return
@@ -481,19 +488,26 @@ class Engine:
 
     def hear_all(self, channel: EngineChannel) -> None:
         """Take in every answer that there is, those that have not been sent yet as well."""
-        while channel.sock.fileno() >= 0 and self._hear_worker(channel):
-            pass
-        self._hear_unsent(channel)
+        looking = True
+        while looking and channel.sock.fileno() >= 0:
+            sendings = channel.page.sendings
+            while channel.sock.fileno() >= 0 and self._hear_worker(channel):
+                pass
+            self._hear_unsent(channel)
+            # What was sent meanwhile may have been in neither place when this looked there.
+            looking = channel.sock.fileno() >= 0 and channel.page.sendings != sendings
 
     def _hear_unsent(self, channel: EngineChannel) -> None:
         """Take in answers that the worker is about to send, or could not send before it died.
 
         If they come again through the channel, their numbers are not expected any more.
         """
-        if channel.sock.fileno() >= 0 and channel.lease is not None:
-            for message in messages.read_all(channel.page.unsent()):
+        lease = channel.lease
+        if lease is not None and channel.sock.fileno() >= 0:
+            for message in messages.read_all(channel.page.unsent(lease.id)):
                 self.jobs.answered(channel, message)
-            found = channel.page.results()
+        if lease is not None and channel.sock.fileno() >= 0:
+            found = channel.page.results(lease.id)
             if found is not None:
                 first, count, pickles = found
                 data = messages.pack_results(first, 0, count, pickles)
@@ -526,14 +540,15 @@ class Engine:
             channel.close()
 
 
-def _give_back(free: dict[EngineLease, None], sock: socket.socket) -> None:
+def _give_back(outbox: bytearray, free: dict[EngineLease, None], sock: socket.socket) -> None:
     """Check in what is kept and has nothing to do, so that it need not be replaced."""
-    data = b"".join(frames.checkin(lease.id) for lease in free)
+    data = bytes(outbox) + b"".join(frames.checkin(lease.id) for lease in free)
     with contextlib.suppress(OSError):  # then the manager sees the connection end
         sock.send(data)
 
 
 def _leave(
+    outbox: bytearray,
     free: dict[EngineLease, None],
     sock: socket.socket,
     channels: dict[int, EngineChannel],
@@ -541,7 +556,7 @@ def _leave(
     wake: int,
 ) -> None:
     """An engine was left behind."""
-    _give_back(free, sock)
+    _give_back(outbox, free, sock)
     _close(sock, channels, epoll, wake)
 
 

@@ -74,8 +74,8 @@ class EngineChannel(Channel):
             the first one, and that of the last one.
     """
 
-    def __init__(self, sock_fd: int, page_fd: int) -> None:
-        super().__init__(sock_fd, page_fd)
+    def __init__(self, sock_fd: int, page_fd: int, slot: int) -> None:
+        super().__init__(sock_fd, page_fd, slot)
         self.sock.setblocking(False)
         self.number = 0
         self.unsent: list[memoryview] = []

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from whitepool_mp.client.member import Member
     from whitepool_mp.client.threaded import Threaded
 
-_making = threading.Lock()
+_making = threading.RLock()  # code that runs at any moment may look at a future
 """Held for the moment in which a future's condition is made, or found not to be there."""
 
 
@@ -47,10 +47,11 @@ class JobFuture(Future[Any]):
     def _condition(self) -> threading.Condition:  # type: ignore[override]
         made = self._condition_made
         if made is None:
+            new = threading.Condition()
             with _making:
                 made = self._condition_made
                 if made is None:
-                    made = self._condition_made = threading.Condition()
+                    made = self._condition_made = new
         return made
 
     def done(self) -> bool:
@@ -133,7 +134,7 @@ class JobFuture(Future[Any]):
 
 def _after_fork_in_child() -> None:
     global _making
-    _making = threading.Lock()  # its holder may have stayed in the parent
+    _making = threading.RLock()  # its holder may have stayed in the parent
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -121,6 +121,10 @@ class Hold:
         if channel is not None:
             channel.hang_up()
 
+    def is_recalled(self) -> bool:
+        """Whether the pool is known to have taken the worker back."""
+        return self.channel is not None and self.channel.page.is_recalled(self.id)
+
     def recalled(self) -> Channel | None:
         """The pool has taken the worker back; the channel is of use to the next lease."""
         self.ended = RECALLED

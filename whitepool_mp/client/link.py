@@ -202,15 +202,15 @@ class Link:
                 for fd in take_pair(self._fds):
                     os.close(fd)
 
-    def open(self, lease: int, deadline: float | None) -> tuple[int, int] | None:
-        """Ask for a channel to a leased worker: its socket's and its page's descriptors."""
+    def open(self, lease: int, deadline: float | None) -> tuple[int, int, int] | None:
+        """Ask for a channel to a leased worker: its socket's and its page's descriptors, and its
+        place on the page."""
         number = self.next_number()
         self._expect_fds = True  # and from now on: this may be interrupted before they come
         self.send(frames.request_lease(frames.OPEN, number, lease))
         body = self.wait(number, deadline)
-        if not frames.read_channel(body):
-            return None
-        return take_pair(self._fds)
+        slot = frames.read_channel(body)
+        return (*take_pair(self._fds), slot) if slot else None
 
     def why(self, lease: int, deadline: float | None) -> Any:
         """Ask how the worker of a lease ended, its channel being broken; None if nobody knows."""

@@ -391,6 +391,7 @@ def _at_exit() -> None:
             member.close()
         else:  # what is kept is given back, not left to be found with a dead holder
             member.kept.clear()
+            engine = member.running_engine()
             if engine is not None:
                 engine.stop()
 

@@ -94,7 +94,7 @@ class Owner:
         process.returncode = 0  # it is ours to wait for from here on
         try:
             self._pidfd = os.pidfd_open(self.manager)
-        except OSError:  # no descriptor is left: nobody would ever end it
+        except BaseException:  # no descriptor is left, or an interrupt: nobody would ever end it
             os.kill(self.manager, signal.SIGKILL)
             os.waitpid(self.manager, 0)
             raise

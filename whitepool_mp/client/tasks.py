@@ -158,6 +158,7 @@ class Task:
                 site=self.site,
             )
             rest.cancelled = self.cancelled
+            rest.cost = self.cost
             del self.items[at:]
             self.count = at
         rest.runner = None

@@ -61,7 +61,7 @@ class Workers(Protocol):
     def spawn(self, worker: int, slot: int) -> str | None: ...
     def retire(self, worker: int) -> None: ...
     def kill(self, worker: int, reason: str | None) -> None: ...
-    def adopt(self, worker: int, channel: socket.socket) -> bool: ...
+    def adopt(self, worker: int, channel: socket.socket) -> int: ...
     def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
     def hand(self, worker: int) -> Any: ...
 
@@ -230,18 +230,17 @@ class Manager:
         worker = self._broker.lease_worker(self._holder(client, lease).id, lease)
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
-            self._door.send(client, frames.channel(number, False))
+            self._door.send(client, frames.channel(number, 0))
             return
         try:
             ours, theirs = socket.socketpair()
         except OSError:  # no descriptors left: this one call fails, and says so
-            self._door.send(client, frames.channel(number, False))
+            self._door.send(client, frames.channel(number, 0))
             return
         with ours, theirs:
-            if self._crew.adopt(worker, theirs):
-                self._door.send(client, frames.channel(number, True), (ours, hand.page_fd))
-            else:
-                self._door.send(client, frames.channel(number, False))
+            slot = self._crew.adopt(worker, theirs)
+            passed = (ours, hand.page_fd) if slot else ()
+            self._door.send(client, frames.channel(number, slot), passed)
 
     def _holder(self, client: Client, lease: int) -> Client:
         """Who holds a lease on a client's behalf: another connection of its process may."""

@@ -48,6 +48,7 @@ class Hand:
 
     __slots__ = (
         "born",
+        "channels",
         "control",
         "decoder",
         "kill_reason",
@@ -67,6 +68,7 @@ class Hand:
         self.control = control
         self.decoder = frames.FrameDecoder()
         self.born = born
+        self.channels = 0  # how many it was given
         self.pid: int | None = None
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
@@ -160,10 +162,17 @@ class Crew:
         if hand is not None:
             self._tell(hand, frames.plain(frames.RETIRE))
 
-    def adopt(self, worker: int, channel: socket.socket) -> bool:
-        """Hand a worker its end of a new channel; whether that could be done."""
+    def adopt(self, worker: int, channel: socket.socket) -> int:
+        """Hand a worker its end of a new channel.
+
+        Returns:
+            The channel's place on the worker's page, or 0 if that could not be done.
+        """
         hand = self._hands.get(worker)
-        return hand is not None and self._tell(hand, frames.plain(frames.ADOPT), channel)
+        if hand is None or not self._tell(hand, frames.plain(frames.ADOPT), channel):
+            return 0
+        hand.channels += 1
+        return pages.slot(hand.channels)
 
     def kill(self, worker: int, reason: str | None) -> None:
         """Kill a worker and its process group, now.

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from typing import NoReturn
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.worker import linux
 from whitepool_mp.worker import nursery as nurseries
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def main(boot_fd: int, listener_fd: int) -> NoReturn:

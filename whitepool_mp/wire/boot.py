@@ -10,25 +10,44 @@ from __future__ import annotations
 import marshal
 import os
 import sys
-from typing import Any, NamedTuple
+
+TYPE_CHECKING = False  # `typing` is half of what a manager would import before its first fork
+if TYPE_CHECKING:
+    from typing import Any
 
 
-class Boot(NamedTuple):
+class Boot:
     """Everything that the manager, the nursery and the workers must know from the start."""
 
-    pool_id: str
-    name: str
-    key: bytes
-    owner: int
-    folder: str
-    policy: tuple[Any, ...]
-    start_method: str
-    preload: tuple[str, ...]
-    env: dict[str, str]
-    factory: bytes | None
-    teardown: bytes | None
-    sys_path: list[str]
-    argv: list[str]
+    def __init__(
+        self,
+        sys_path: list[str],
+        pool_id: str,
+        name: str,
+        key: bytes,
+        owner: int,
+        folder: str,
+        policy: tuple[Any, ...],
+        start_method: str,
+        preload: tuple[str, ...],
+        env: dict[str, str],
+        factory: bytes | None,
+        teardown: bytes | None,
+        argv: list[str],
+    ) -> None:
+        self.sys_path = sys_path
+        self.pool_id = pool_id
+        self.name = name
+        self.key = key
+        self.owner = owner
+        self.folder = folder
+        self.policy = policy
+        self.start_method = start_method
+        self.preload = preload
+        self.env = env
+        self.factory = factory
+        self.teardown = teardown
+        self.argv = argv
 
 
 MARKER = "WHITEPOOL_POOL"
@@ -39,7 +58,7 @@ def write(boot: Boot) -> int:
     """Put it into an anonymous memory file and return the descriptor (close-on-exec)."""
     fd = os.memfd_create("whitepool-boot", os.MFD_CLOEXEC)
     with open(fd, "wb", closefd=False) as file:
-        file.write(marshal.dumps(tuple(boot)))
+        file.write(marshal.dumps(tuple(vars(boot).values())))
     return fd
 
 
@@ -55,8 +74,9 @@ def read(fd: int) -> Boot:
 def command(fd: int, module: str, *numbers: int) -> list[str]:
     """The command line of a fresh interpreter that runs `module`'s `main(fd, *numbers)`.
 
-    The owner's `sys.path` is in place before anything of ours is imported, and `__main__` is never
-    the owner's script. Importing goes without garbage collection, which would find nothing.
+    The owner's `sys.path` (the first thing in the file) is in place before anything of ours is
+    imported, and `__main__` is never the owner's script. Importing goes without garbage collection,
+    which would find nothing.
     """
     import subprocess
 
@@ -65,7 +85,7 @@ def command(fd: int, module: str, *numbers: int) -> list[str]:
         "import gc, marshal, os, sys; gc.disable(); "
         f"n = os.fstat({fd}).st_size; d = b''\n"
         f"while len(d) < n: d += os.pread({fd}, min(n - len(d), 1 << 30), len(d))\n"
-        f"sys.path[:] = marshal.loads(d)[{Boot._fields.index('sys_path')}]; del d\n"
+        f"sys.path[:] = marshal.loads(d)[0]; del d\n"
         f"from {module} import main; main({args})"
     )
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]

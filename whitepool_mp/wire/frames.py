@@ -320,14 +320,18 @@ def read_refused(body: bytes) -> Refused:
     return Refused(number, REFUSALS[why], _text(body, _REFUSED.size))
 
 
-def channel(number: int, opened: bool) -> bytes:
-    """Answer to OPEN. If opened, it carries two descriptors: the socket and the worker's page."""
-    return frame(_CHANNEL.pack(CHANNEL, number, opened))
+def channel(number: int, slot: int) -> bytes:
+    """Answer to OPEN: the channel's place on the worker's page, or 0 if there is none.
+
+    If there is, two descriptors come with it: the socket and the page.
+    """
+    return frame(_CHANNEL.pack(CHANNEL, number, slot))
 
 
-def read_channel(body: bytes) -> bool:
-    """Decode CHANNEL: whether descriptors came with it."""
-    return bool(_unpack(_CHANNEL, body)[2])
+def read_channel(body: bytes) -> int:
+    """Decode CHANNEL: the channel's place on the page, or 0 if nothing came with it."""
+    slot: int = _unpack(_CHANNEL, body)[2]
+    return slot
 
 
 def draining() -> bytes:

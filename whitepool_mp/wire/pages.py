@@ -31,22 +31,26 @@ CALLS = 1
 """How many calls were begun. While a call runs it differs from ENDED."""
 ENDED = 2
 """How many calls have ended."""
-SKIP_AFTER = 3
-"""Calls with tokens above this one ..."""
-SKIP_TO = 4
-"""... up to this one were taken back: the worker refuses them."""
-RECALLED = 5
+RECALLED = 3
 """Calls under this lease, or an older one, are refused: it was taken back."""
-ORDERED = 6
+ORDERED = 4
 """Whether the worker takes part in `barrier`."""
-UNSENT = 7
+UNSENT = 5
 """How many bytes of answers lie here."""
-SENDINGS = 8
+SENDINGS = 6
 """How often the answers that lay here have been sent."""
-FIRST = 9
+FIRST = 7
 """If results of a BULK lie here: the number of the first call."""
-RESULTS = 10
+RESULTS = 8
 """How many of them lie here, above their bytes in the lower half."""
+OWNER = 9
+"""The lease whose calls these are the answers of."""
+SLOTS = 248
+"""How many channels have a place of their own. (The next one shares that of the first, which only a
+client with a lease that ended so long ago could mistake for its own.)"""
+_FIRST_SLOT = 16
+"""Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
+second, were taken back, and the worker refuses them."""
 
 _NUMBER_BITS = 24
 _MASK = (1 << _NUMBER_BITS) - 1
@@ -58,20 +62,32 @@ def token(lease: int, number: int) -> int:
     return (lease << _NUMBER_BITS | number & _MASK) & _WORD
 
 
+def slot(channels: int) -> int:
+    """The place, 1 to `SLOTS`, of the channel that is the so manieth of its worker."""
+    return (channels - 1) % SLOTS + 1
+
+
+def slot_words(place: int) -> int:
+    """Where the two numbers of a place are."""
+    return _FIRST_SLOT + 2 * (place - 1)
+
+
 class Page:
     """One process's view of a worker's page.
 
     Args:
         fd: the memory file; it may be closed afterwards.
         size: how much of it to map: all, or with `NUMBERS` only the numbers.
+        slot: in a client, the place of its channel.
 
     Raises:
         OSError: there is no descriptor or no memory left.
     """
 
-    __slots__ = ("_map", "outbox", "words")
+    __slots__ = ("_map", "_skip", "outbox", "words")
 
-    def __init__(self, fd: int, size: int = SIZE) -> None:
+    def __init__(self, fd: int, size: int = SIZE, slot: int = 1) -> None:
+        self._skip = slot_words(slot)
         self._map = mmap.mmap(fd, size)
         view = memoryview(self._map)
         self.words = view[:NUMBERS].cast("Q")
@@ -119,34 +135,46 @@ class Page:
         if not self._order():
             return None
         first = token(lease, after)
-        words[SKIP_AFTER] = first
-        words[SKIP_TO] = token(lease, to)
+        words[self._skip] = first
+        words[self._skip + 1] = token(lease, to)
         self._order()
         return min(to, after + max(0, words[BEGUN] - first))
 
-    def unsent(self) -> bytes:
-        """The answers that lie here; nothing if they were sent while this looked."""
+    def is_recalled(self, lease: int) -> bool:
+        """Whether a lease has been taken back."""
+        return self.words[RECALLED] >= lease
+
+    @property
+    def sendings(self) -> int:
+        """How often answers that lay here have been sent."""
+        return self.words[SENDINGS]
+
+    def unsent(self, lease: int) -> bytes:
+        """The answers to calls under a lease that lie here; nothing if they were sent while this
+        looked."""
         words = self.words
-        if not words[UNSENT]:
-            return b""
         sendings = words[SENDINGS]
         self._order()
         data = bytes(self.outbox[: words[UNSENT]])
+        owner = words[OWNER]
         self._order()
-        return data if words[SENDINGS] == sendings else b""
+        return data if words[SENDINGS] == sendings and owner == lease else b""
 
-    def results(self) -> tuple[int, int, bytes] | None:
-        """The results of a BULK that lie here: the first one's number, how many, their pickles."""
+    def results(self, lease: int) -> tuple[int, int, bytes] | None:
+        """The results of a BULK under a lease that lie here: the first one's number, how many, and
+        their pickles."""
         words = self.words
-        if not words[RESULTS]:
-            return None
         sendings = words[SENDINGS]
         self._order()
-        first, committed = words[FIRST], words[RESULTS]
+        first = words[FIRST]
+        committed = words[RESULTS]  # in this order: it is nothing while the other one changes
         data = bytes(self.outbox[: committed & 0xFFFF_FFFF])
+        owner = words[OWNER]
         self._order()
         count = committed >> 32
-        return (first, count, data) if count and words[SENDINGS] == sendings else None
+        if not count or owner != lease or words[SENDINGS] != sendings:
+            return None
+        return first, count, data
 
     def order_me(self) -> None:
         """In the worker: have the kernel order its reads and writes when others ask for it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import PLAIN
-from whitepool_mp.wire.pages import FIRST, OUTBOX, RESULTS, SENDINGS, Page
+from whitepool_mp.wire.pages import FIRST, OUTBOX, OWNER, RESULTS, SENDINGS, Page
 
 LARGEST_GROUP = 64
 """How many calls are begun together at most."""
@@ -25,6 +25,7 @@ class Bulk:
 
     Args:
         page: the worker's page.
+        lease: under which they are called.
         first: the first call's number.
 
     Attributes:
@@ -32,7 +33,7 @@ class Bulk:
         odd: the result of the call after those, if it is not plain or too long.
     """
 
-    def __init__(self, page: Page, first: int) -> None:
+    def __init__(self, page: Page, lease: int, first: int) -> None:
         self._page = page
         self._first = first
         self._count = 0
@@ -40,6 +41,7 @@ class Bulk:
         self._since = time.perf_counter_ns()
         self.took = 0
         self.odd: Any = None
+        page.words[OWNER] = lease
         page.words[FIRST] = first
 
     def run(
@@ -89,8 +91,8 @@ class Bulk:
     def sent(self, following: int) -> None:
         """The message was sent; the next result that is kept will be that of call `following`."""
         words = self._page.words
-        words[SENDINGS] += 1
         words[RESULTS] = 0
         words[FIRST] = self._first = following
+        words[SENDINGS] += 1  # last, and before anything is written over what was sent
         self._count = self._end = self.took = 0
         self._since = time.perf_counter_ns()

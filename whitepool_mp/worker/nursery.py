@@ -26,13 +26,16 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import linux
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
 SPAWN = struct.Struct("!BQI")
 BORN = struct.Struct("!BQI")

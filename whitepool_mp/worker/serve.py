@@ -32,10 +32,10 @@ from whitepool_mp.wire.pages import (
     BEGUN,
     CALLS,
     ENDED,
+    OWNER,
     RECALLED,
+    RESULTS,
     SENDINGS,
-    SKIP_AFTER,
-    SKIP_TO,
     UNSENT,
     Page,
 )
@@ -52,10 +52,11 @@ _HELD_BACK = 500_000
 class Channel:
     """A client's end of a direct channel, and what has come of its next message."""
 
-    __slots__ = ("reader", "sock")
+    __slots__ = ("reader", "skip", "sock")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, skip: int) -> None:
         self.sock = sock
+        self.skip = skip  # where on the page it says what was taken back
         self.reader = MessageReader()
 
 
@@ -84,6 +85,7 @@ class Server:
         self._resource = resource
         self._has_resource = has_resource
         self._channels: dict[int, Channel] = {}
+        self._adopted = 0
         self._fence = 0
         self._calls = 0
         self._kept: dict[int, Any] = {}
@@ -125,7 +127,9 @@ class Server:
             if body[0] == frames.ADOPT:
                 sock = socket.socket(fileno=fds.pop(0))
                 sock.setblocking(True)
-                self._channels[sock.fileno()] = Channel(sock)
+                self._adopted += 1
+                skip = pages.slot_words(pages.slot(self._adopted))
+                self._channels[sock.fileno()] = Channel(sock, skip)
                 self._poll.register(sock.fileno(), select.EPOLLIN)
             elif body[0] == frames.RECALL:
                 lease, patient = frames.read_recall(body)
@@ -134,6 +138,7 @@ class Server:
                 if lease >= self._fence:
                     self._fence = lease + 1
                     self._kept.clear()
+                    self._words[RECALLED] = lease
                 self._control.sendall(frames.released(lease))
             elif body[0] == frames.RETIRE:
                 self._retired = True
@@ -156,11 +161,17 @@ class Server:
             self._poll.unregister(fd)
             del self._channels[fd]
             channel.sock.close()
+            # Answers for it that lie here are nobody's.
+            self._words[UNSENT] = self._words[RESULTS] = self._unsent = 0
+            self._words[SENDINGS] += 1
 
     def _hear_client(self, channel: Channel) -> None:
         reader = channel.reader
         try:
-            count = channel.sock.recv_into(reader.want())
+            try:
+                count = channel.sock.recv_into(reader.want(), 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return  # it was served when the manager wanted that done first
             if not count:
                 self._drop(channel)
                 return
@@ -176,6 +187,7 @@ class Server:
 
     def _serve(self, channel: Channel, message: Message) -> None:
         lease = message.token
+        self._more = False
         if lease > self._fence:
             self._fence = lease
             self._kept.clear()
@@ -199,25 +211,30 @@ class Server:
         It says first that the call begins and looks then whether it was taken back: who takes it
         back does both the other way round.
         """
-        refused = self._claim(lease, number, 1)
+        refused = self._claim(channel, lease, number, 1)
         if refused:
             self._refuse(channel, number, refused)
         return not refused
 
-    def _claim(self, lease: int, last: int, count: int) -> int:
+    def _claim(self, channel: Channel, lease: int, last: int, count: int) -> int:
         """Say that calls up to number `last` begin; why they may not, or 0."""
-        words = self._words
+        if lease < self._fence:
+            return messages.FENCED
+        words, skip = self._words, channel.skip
+        before = words[BEGUN]
         calls = self._calls + count
         token = pages.token(lease, last)
         words[CALLS] = calls
         words[BEGUN] = token
-        if lease >= self._fence and words[RECALLED] < lease:
-            if not words[SKIP_AFTER] < token <= words[SKIP_TO]:
+        if words[RECALLED] < lease:
+            if not words[skip] < token <= words[skip + 1]:
                 self._calls = calls
                 return 0
             why = messages.SKIPPED
         else:
+            self._fence = lease + 1
             why = messages.FENCED
+        words[BEGUN] = before
         words[CALLS] = self._calls
         return why
 
@@ -318,6 +335,7 @@ class Server:
         start = self._unsent
         if not start:
             self._unsent_since = now
+            self._words[OWNER] = self._fence
         elif now - self._unsent_since > _HELD_BACK:
             return False
         end = start + len(data)
@@ -329,9 +347,9 @@ class Server:
 
     def _send_unsent(self, channel: Channel) -> None:
         if self._unsent:
-            channel.sock.sendall(self._outbox[: self._unsent])
-            self._words[SENDINGS] += 1
+            self._transmit(channel, bytes(self._outbox[: self._unsent]))
             self._words[UNSENT] = self._unsent = 0
+            self._words[SENDINGS] += 1  # last, and before anything is written over what was sent
 
     def _method(self, channel: Channel, message: Message) -> None:
         number = message.number
@@ -395,12 +413,12 @@ class Server:
         function_pickle, rest = messages.read_split(data)
         values = payload.loads(rest)
         self._send_unsent(channel)
-        bulk = Bulk(self._page, number)
+        bulk = Bulk(self._page, lease, number)
         function: Callable[..., Any] | None = None
         at, count, group = 0, len(values), 1
         while at < count:
             claimed = min(group, count - at)
-            why = self._claim(lease, number + at + claimed - 1, claimed)
+            why = self._claim(channel, lease, number + at + claimed - 1, claimed)
             if why == messages.SKIPPED and claimed > 1:
                 group = 1  # the first of them may not have been taken back
                 continue
