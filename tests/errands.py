@@ -161,3 +161,17 @@ class Ledger:
 
 def entries_and(ledger, number):
     return type(ledger).__name__, number
+
+
+def step(path, number, deed=None, *args):
+    """`trace`, and do a deed if there is one: long or short, whatever it is called."""
+    write(path, number)
+    if deed is not None:
+        deed(*args)
+    return number
+
+
+def wait_for(pipe):
+    """Wait until the test writes a byte into a pipe."""
+    with open(pipe, "rb", buffering=0) as end:
+        end.read(1)

@@ -30,6 +30,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help=f"samples of each figure ({_ROUNDS})")
     parser.add_argument("--rows", help="numbers or names, with commas; see --list")
+    parser.add_argument("--budget", action="store_true", help="where the time of a run goes")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument("--quick", action="store_true", help="few and short rounds")
     parser.add_argument("--heavy", action="store_true", help="with --quick: the long rows as well")
@@ -87,6 +88,11 @@ def write(run: Run) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure or render, print, and write if told to."""
     given = options(arguments)
+    if given.budget:
+        from benchmarks.budget import print_budget
+
+        print_budget()
+        return
     rows = plan.rows()
     if given.list:
         for row in rows:

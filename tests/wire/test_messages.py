@@ -152,7 +152,7 @@ def test_a_large_buffer_is_received_into_the_memory_in_which_it_stays() -> None:
     message = reader.pop()
     assert message is not None
     (buffer,) = message.buffers
-    assert isinstance(buffer, mmap.mmap)
+    assert isinstance(buffer.obj, mmap.mmap)
     final[0] = 200
     assert buffer[0] == 200
 

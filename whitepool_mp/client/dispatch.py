@@ -209,10 +209,9 @@ class Dispatcher:
         self._unpushed[channel] = None
         if len(lease.tasks) == 1:
             self._begins(lease)
-            if task.count == 1:
-                return
-        if not lease.watched:
+        if len(lease.tasks) > 1 or task.count > 1:
             self._stacked[lease] = None
+        if not lease.watched:
             self._watch(lease)
 
     def _begins(self, lease: EngineLease) -> None:
@@ -461,12 +460,14 @@ class Dispatcher:
         lease.watched = False
         if lease.channel is not None:
             self._engine.hear_all(lease.channel)  # it may be this process that is slow
-        if not lease.tasks or (len(lease.tasks) == 1 and lease.tasks[0].left == 1):
+        if not lease.tasks:
             return
-        if time.monotonic() >= lease.since + self._patience(lease):
-            self._take_back(lease)
-        else:
+        if time.monotonic() < lease.since + self._patience(lease):
             self._watch(lease)
+            return
+        self._long[lease] = None
+        if len(lease.tasks) > 1 or lease.tasks[0].left > 1:
+            self._take_back(lease)
 
     def _recalled(self, lease: EngineLease) -> None:
         """The pool took a lease back: nothing that is in flight under it has begun."""

@@ -176,10 +176,15 @@ class Engine:
         """Whether no job is queued or running."""
         return self.jobs.idle and not self._inbox and not self._posted
 
+    def give_back(self) -> None:
+        """Check in the workers that are kept here and have nothing to do."""
+        if self.broken is None and not self._closed:
+            _give_back(self._outbox, self.jobs.free, self._sock)
+
     def close(self) -> None:
         """Let go of everything; what has not ended fails with `PoolClosed`."""
         if self.broken is None:
-            _give_back(self._outbox, self.jobs.free, self._sock)
+            self.give_back()
             self._break(self._gone())
         self.discard()
         self._run_posted()
@@ -570,6 +575,13 @@ def _close(
     channels.clear()
     epoll.close()
     os.close(wake)
+
+
+def give_back_all() -> None:
+    """The process ends: give back what the engines of event loops that are over have kept."""
+    for engine in list(_engines):
+        engine.give_back()
+        engine.discard()
 
 
 def _after_fork_in_child() -> None:

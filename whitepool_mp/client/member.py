@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -394,6 +395,9 @@ def _at_exit() -> None:
             engine = member.running_engine()
             if engine is not None:
                 engine.stop()
+    engines = sys.modules.get("whitepool_mp.client.engine")
+    if engines is not None:
+        engines.give_back_all()
 
 
 def _after_fork_in_child() -> None:

@@ -11,8 +11,8 @@ from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import PLAIN
 from whitepool_mp.wire.pages import FIRST, OUTBOX, OWNER, RESULTS, SENDINGS, Page
 
-LARGEST_GROUP = 64
-"""How many calls are begun together at most."""
+LARGEST_GROUP = 32
+"""How many calls are begun together at most; these cannot be taken back from each other."""
 _LONGEST = 256
 """Bytes of a plain result's pickle; a longer one is answered by itself."""
 _ENOUGH = OUTBOX - LARGEST_GROUP * _LONGEST

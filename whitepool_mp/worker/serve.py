@@ -41,6 +41,10 @@ from whitepool_mp.wire.pages import (
 )
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
+_GROUP = 16_000
+"""Nanoseconds. Calls of a bulk are begun together if they take no longer than this together."""
+_TAIL = 1024
+"""Bytes of a large answer that are sent when the page says that its call has ended."""
 _WARM_SECONDS = 1.0
 """For how long an idle worker keeps memory for large arguments."""
 _SHORT = 100_000
@@ -303,8 +307,9 @@ class Server:
         data = pieces[0]
         if len(pieces) > 1:
             self._send_unsent(channel)
-            messages.send_all(channel.sock, pieces)
-            words[ENDED] = self._calls
+            last = memoryview(pieces[-1]).cast("B")
+            messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
+            self._transmit(channel, last[-_TAIL:])
             return
         if took < _SHORT and (self._more or not channel.reader.clean) and self._put(data):
             words[ENDED] = self._calls
@@ -455,7 +460,7 @@ class Server:
                 at += 1
             elif at == count or bulk.due:
                 self._flush(channel, bulk, number + at, at == count)
-            group = min(group * 2, LARGEST_GROUP) if took < _SHORT // 2 else max(group // 2, 1)
+            group = min(group * 2, LARGEST_GROUP) if took < _GROUP // 2 else max(group // 2, 1)
 
     def _flush(self, channel: Channel, bulk: Bulk, following: int, ended: bool = False) -> None:
         """Send the results that lie in shared memory."""
