@@ -516,8 +516,7 @@ def test_a_worker_stopped_at_some_moment_keeps_one_job(path: Path) -> None:
             futures = burst(session, file, count)
             at = chance.randrange(count)
             until(lambda at=at, file=file: errands.run_count(file) > at)
-            pid = chance.choice([row.pid for row in session.workers()])
-            assert pid is not None
+            pid = chance.choice([row.pid for row in session.workers() if row.pid is not None])
             os.kill(pid, signal.SIGSTOP)
             try:
                 until(lambda futures=futures: sum(not future.done() for future in futures) <= 1)
@@ -544,16 +543,18 @@ def test_a_checkout_comes_after_the_running_job_of_a_burst(
                 assert lease.call(abs, -2) == 2
                 before.append(errands.run_count(path))
 
-        futures = burst(session, path, 100, {30: (errands.wait_for, path.with_name("pipe"))})
+        futures = burst(session, path, 2000, {30: (errands.wait_for, path.with_name("pipe"))})
         until(lambda: errands.run_count(path) == 31)
+        others = session.status().waiting
         thread = threading.Thread(target=take)
         thread.start()
-        until(lambda: session.status().waiting == 1)
+        until(lambda: session.status().waiting == others + 1)
         pipe()
         thread.join(SOON)
-        assert before == [31, 31]
+        # If the engine waited before the checkout did, it has one turn more.
+        assert 31 <= before[0] == before[1] <= 31 + others * dispatch.MOST_TASKS
         account(path, futures)
-        assert errands.lines(path) == [str(n) for n in range(100)]
+        assert errands.lines(path) == [str(n) for n in range(2000)]
         settled(session)
 
 
