@@ -267,6 +267,9 @@ class Session:
                     continue
                 returned, value = open_answer(message, fn, hold.id, member.name)
             except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
+                if isinstance(error, LeaseError) and hold.keep:
+                    hold.recalled()  # before it was used; or its worker died
+                    continue
                 if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
                     # It died before the call began: while it was kept, or else just now.
                     deaths += not found

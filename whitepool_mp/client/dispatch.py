@@ -124,7 +124,7 @@ class Dispatcher:
         while self.free and self._pending:
             lease = next(reversed(self.free))
             if lease.channel is not None and lease.channel.page.is_recalled(lease.id):
-                self._recalled(lease)
+                self.recalled(lease)
                 continue
             task = self._next()
             if task is not None:
@@ -294,7 +294,7 @@ class Dispatcher:
             if channel is not None and lease.tasks:
                 self._engine.hear_all(channel)  # all that it began has been answered
             if lease.ended is None:
-                self._recalled(lease)
+                self.recalled(lease)
 
     # --- answers --------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class Dispatcher:
         if message.kind == messages.ERROR and message.flags >= messages.FENCED:
             if not lease.manual:
                 if message.flags == messages.FENCED:
-                    self._recalled(lease)
+                    self.recalled(lease)
                 else:
                     self._skipped(lease)
                 return
@@ -469,7 +469,7 @@ class Dispatcher:
         if len(lease.tasks) > 1 or lease.tasks[0].left > 1:
             self._take_back(lease)
 
-    def _recalled(self, lease: EngineLease) -> None:
+    def recalled(self, lease: EngineLease) -> None:
         """The pool took a lease back: nothing that is in flight under it has begun."""
         lease.ended = "recalled"
         self._forget(lease)

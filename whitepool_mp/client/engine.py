@@ -411,7 +411,9 @@ class Engine:
             return
         slot = frames.read_channel(body)
         if not slot:
-            if lease.ended is None:
+            if lease.ended is None and lease.keep and not lease.manual:
+                self.jobs.recalled(lease)  # before it was used; or its worker died
+            elif lease.ended is None:
                 self.jobs.lost(lease)
             return
         self._forget_dead()
@@ -493,14 +495,13 @@ class Engine:
 
     def hear_all(self, channel: EngineChannel) -> None:
         """Take in every answer that there is, those that have not been sent yet as well."""
-        looking = True
-        while looking and channel.sock.fileno() >= 0:
-            sendings = channel.page.sendings
+        while channel.sock.fileno() >= 0:
             while channel.sock.fileno() >= 0 and self._hear_worker(channel):
                 pass
             self._hear_unsent(channel)
-            # What was sent meanwhile may have been in neither place when this looked there.
-            looking = channel.sock.fileno() >= 0 and channel.page.sendings != sendings
+            # What was sent meanwhile was in neither place when this looked there; now it is here.
+            if channel.sock.fileno() < 0 or not self._hear_worker(channel):
+                return
 
     def _hear_unsent(self, channel: EngineChannel) -> None:
         """Take in answers that the worker is about to send, or could not send before it died.

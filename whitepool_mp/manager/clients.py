@@ -176,6 +176,10 @@ class Door:
         except OSError as error:
             if passed and error.errno in (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE):
                 return 0  # the receiver has too many descriptors in flight: later
+            if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                # It is gone. What it said before, a checkin perhaps, is still to be read, and then
+                # its end.
+                return len(data)
             self.drop(client)
             return None
 

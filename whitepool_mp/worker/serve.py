@@ -457,6 +457,7 @@ class Server:
                 else:
                     self._reply(channel, number + at, function, bulk.odd, took)
                     bulk.odd = None
+                self._send_unsent(channel)  # the next results lie where that one may lie
                 at += 1
             elif at == count or bulk.due:
                 self._flush(channel, bulk, number + at, at == count)
