@@ -123,6 +123,7 @@ class Observer:
         self.last_worker = 0
         self.last_lease = 0
         self.closing = False
+        self.finishing: set[int] = set()
         self.drained = 0
         self.attempt = 0
         self.not_before = 0.0
@@ -217,7 +218,9 @@ class Observer:
             if any(t.client == event.client and t.ticket == event.ticket for t in self.open()):
                 return
             self.asking = T(*event)
-            self.begun = any(ticket.client == event.client for ticket in self.open())
+            self.begun = event.client in self.finishing or any(
+                ticket.client == event.client for ticket in self.open()
+            )
             self.waiting.append(self.asking)
         elif isinstance(event, Cancel):
             for lease in self.leases:
@@ -231,6 +234,7 @@ class Observer:
                     else:
                         self.soil(lease)
         elif isinstance(event, ClientGone):
+            self.finishing.discard(event.client)
             for ticket in list(self.waiting):
                 if ticket.client == event.client:
                     self.end(ticket, "gone")
@@ -286,8 +290,15 @@ class Observer:
             self.limit = event.pool_size + event.max_overflow
         elif isinstance(event, Drain):
             self.closing = True
+            self.finishing = {ticket.client for ticket in self.waiting if ticket.spare_own}
+            self.finishing |= {
+                lease.ticket.client
+                for lease in self.leases
+                if lease.kept and lease.ticket.spare_own
+            }
         elif isinstance(event, Terminate):
             self.closing = True
+            self.finishing = set()
             self.due_refusals = list(self.waiting)
             self.may_kill = [w for w in self.workers if w.state != "killed"]
 

@@ -53,8 +53,9 @@ The rules
     such waiters of one client wait, the oldest lease of another client is recalled, which need not
     be the oldest of all others'.
 11. Drain recalls every kept lease. Who asked for one with `spare_own` has jobs queued behind it:
-    the worker does what it has been sent before it releases that lease, and while such a client
-    holds or waits for a worker, its `spare_own` checkouts are not refused. All others are. A Resize
+    the worker does what it has been sent before it releases that lease; and `spare_own` checkouts
+    of a client that held or waited for a worker in that way, or does so now, are not refused. All
+    others are. A Resize
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.
@@ -231,7 +232,9 @@ class Broker(Moves):
     def _objection(self, event: Checkout, deadline: float, now: float) -> tuple[Why, str] | None:
         """Say why a checkout can be neither granted nor made to wait, if so."""
         roster = self._roster
-        if self._draining and not (event.spare_own and event.client in self._clients):
+        if self._draining and not (
+            event.spare_own and (event.client in self._clients or event.client in self._finishing)
+        ):
             return "closed", "the pool is closed"
         if now >= deadline:
             return "timeout", "the deadline had passed on arrival"
@@ -281,6 +284,7 @@ class Broker(Moves):
             self._settle(now, out)
 
     def _on_client_gone(self, event: ClientGone, now: float, out: list[Effect]) -> None:
+        self._finishing.discard(event.client)
         for holder in list(self._clients.get(event.client, {}).values()):
             if type(holder) is Waiter:
                 self._unwait(holder)
@@ -409,12 +413,16 @@ class Broker(Moves):
 
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
         self._draining = True
+        leases = self._roster.keeps.leases.values()
+        self._finishing = {kept.client for kept in leases if kept.spare_own}
+        self._finishing |= {each.client for each in self._waitlist.all() if each.spare_own}
         while (kept := self._roster.keeps.oldest()) is not None:
             self._recall(kept, out, patient=kept.spare_own)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:
         self._draining = True
+        self._finishing.clear()
         for waiter in self._waitlist.all():
             self._unwait(waiter)
             self._refuse(waiter.client, waiter.ticket, "closed", "the pool was terminated", out)

@@ -83,6 +83,7 @@ class Moves:
         self._pool_size = policy.pool_size
         self._limit = policy.pool_size + policy.max_overflow
         self._draining = False
+        self._finishing: set[int | None] = set()  # clients with jobs queued as the drain began
         self._drained = False
         self._roster = Roster()
         self._waitlist = Waitlist()
