@@ -704,7 +704,8 @@ def test_no_call_is_both_taken_back_and_begun(other: Other) -> None:
             assert begun is not None
         last = other.sent
         other.passes()
-        assert other.began(first)
+        # The first one mostly begins; one that is just about to may be refused with the others,
+        # while only one of the two numbers has been written. It is answered either way.
         for number in range(begun + 1, last + 1):
             assert not other.began(number)
         middle += first < begun < last
