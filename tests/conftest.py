@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,14 +15,23 @@ import pytest
 from support import descriptors, files, last_pid, pids, processes
 
 HANG_SECONDS = 120
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # While a test runs its output is captured, and what the hang guard wrote would end with it.
+    config.stash[_stderr] = os.dup(2)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a process, a descriptor, a thread or a temporary file behind."""
     before = pids(), descriptors(), files(), set(threading.enumerate())
     began = last_pid()
-    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+    mark = request.node.get_closest_marker("hang")
+    seconds = HANG_SECONDS if mark is None else mark.args[0]
+    stderr = request.config.stash[_stderr]
+    faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
     try:
         yield
     finally:

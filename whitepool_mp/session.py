@@ -11,9 +11,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from whitepool_mp.client.answers import open_answer
-from whitepool_mp.client.channel import ChannelBroken
 from whitepool_mp.client.hold import Hold
-from whitepool_mp.client.link import Link, LinkBroken, TimedOut
+from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, Ticket, refusal
 from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_timeout
@@ -268,7 +267,7 @@ class Session:
                 returned, value = open_answer(message, fn, hold.id, member.name)
             except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
                 if isinstance(error, LeaseError) and hold.keep:
-                    hold.recalled()  # before it was used; or its worker died
+                    hold.recalled()  # before its first call
                     continue
                 if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
                     # It died before the call began: while it was kept, or else just now.

@@ -1256,6 +1256,19 @@ def test_an_empty_pool_is_drained_at_once_and_once() -> None:
     assert bench.step(Tick()) == []
 
 
+def test_a_drained_pool_takes_no_more_jobs_of_anybody() -> None:
+    """ALICE had jobs queued when the drain began, and so could go on until all had ended."""
+    bench = Bench(1)
+    bench.step(Start())
+    bench.checkout(ALICE, spare_own=True)
+    bench.step(Drain())
+    bench.step(WorkerReady(1))
+    assert bench.step(Checkin(ALICE, 1)) == [Retire(1)]
+    assert bench.step(WorkerExited(1, "exit code 0")) == [Drained()]
+    (refusal,) = bench.checkout(ALICE, spare_own=True)
+    assert isinstance(refusal, Refuse) and refusal.why == "closed"
+
+
 def test_terminate_refuses_all_and_kills_all() -> None:
     bench = Bench.ready(1, 1, overflow_ttl=0.0)
     bench.lease(ALICE)

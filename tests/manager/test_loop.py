@@ -460,9 +460,9 @@ def test_a_holder_s_other_connections_may_open_its_channel(make: Callable[..., B
     holder, sibling, stranger = bench.join(), bench.join(), bench.join(member=b"s" * 16)
     grant = holder.lease()
     stranger.say(frames.request_lease(frames.OPEN, 3, grant.lease))
-    assert frames.read_channel(stranger.only()) == 0
+    assert frames.read_channel(stranger.only()) == (0, False)
     sibling.say(frames.request_lease(frames.OPEN, 4, grant.lease))
-    assert frames.read_channel(sibling.only()) == 1
+    assert frames.read_channel(sibling.only()) == (1, False)
     ours, page = sibling.fds
     with socket.socket(fileno=ours) as sock, bench.crew.hands[grant.worker].control[0] as theirs:
         theirs.send(b"from the worker")

@@ -96,8 +96,8 @@ def _refused(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _channel(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    slot = draw(st.integers(0, 248))
-    return frames.channel(number, slot), frames.CHANNEL, frames.read_channel, slot
+    fields = draw(st.integers(0, 248)), draw(st.booleans())
+    return frames.channel(number, *fields), frames.CHANNEL, frames.read_channel, fields
 
 
 def _reply(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:

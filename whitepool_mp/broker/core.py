@@ -54,8 +54,8 @@ The rules
     be the oldest of all others'.
 11. Drain recalls every kept lease. Who asked for one with `spare_own` has jobs queued behind it:
     the worker does what it has been sent before it releases that lease; and `spare_own` checkouts
-    of a client that held or waited for a worker in that way, or does so now, are not refused. All
-    others are. A Resize
+    of a client that held or waited for a worker in that way, or does so now, are not refused until
+    all is drained. All others are. A Resize
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.

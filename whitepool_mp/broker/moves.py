@@ -173,6 +173,7 @@ class Moves:
                 self._kill(oldest(roster.booting), "the pool is draining", now, out)
             if not roster.known and not self._drained:
                 self._drained = True
+                self._finishing.clear()
                 out.append(Drained())
         else:
             self._grow(now, out)

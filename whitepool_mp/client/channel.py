@@ -8,14 +8,10 @@ import select
 import socket
 import time
 
-from whitepool_mp.client.link import TimedOut, left_ms
+from whitepool_mp.client.link import ChannelBroken, TimedOut, left_ms
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import Message, MessageReader
 from whitepool_mp.wire.pages import Page
-
-
-class ChannelBroken(Exception):
-    """The worker closed the channel, or is gone. Internal."""
 
 
 class Channel:

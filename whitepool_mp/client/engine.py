@@ -50,7 +50,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
-    """See the module's text. Everything but `post` is for the driver's thread alone.
+    """See the module's text. Everything but `post` and `put` is for the driver's thread alone.
 
     Args:
         path, key, token: how to join.
@@ -336,7 +336,7 @@ class Engine:
             heard = self._replies.pop(frames.read_request(body), None)
             if heard is not None:
                 heard(body)
-            elif body[0] == frames.CHANNEL and frames.read_channel(body):
+            elif body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
                 raise ProtocolError("a channel that nobody asked for")
 
     def _gone(self) -> WhitepoolError:
@@ -409,12 +409,12 @@ class Engine:
             assert self.broken is not None
             self.jobs.break_all(self.broken, [lease])
             return
-        slot = frames.read_channel(body)
+        slot, lost = frames.read_channel(body)
         if not slot:
-            if lease.ended is None and lease.keep and not lease.manual:
-                self.jobs.recalled(lease)  # before it was used; or its worker died
-            elif lease.ended is None:
+            if lease.ended is None and (lost or lease.manual):
                 self.jobs.lost(lease)
+            elif lease.ended is None:
+                self.jobs.recalled(lease)  # before its first call
             return
         self._forget_dead()
         try:

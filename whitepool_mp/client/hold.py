@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from whitepool_mp.client.channel import Channel, ChannelBroken
-from whitepool_mp.client.link import Link, LinkBroken, TimedOut
+from whitepool_mp.client.channel import Channel
+from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import frames, messages
 from whitepool_mp.wire.messages import Message

@@ -29,6 +29,10 @@ class LinkBroken(Exception):
     """The manager closed the connection, or is gone. Internal: callers find out which."""
 
 
+class ChannelBroken(Exception):
+    """The worker closed the channel, or is gone, or cannot be reached. Internal."""
+
+
 class TimedOut(Exception):
     """The answer did not come in time. Internal."""
 
@@ -198,18 +202,27 @@ class Link:
             body = self._receive(deadline)
             if frames.read_request(body) == number:
                 return body
-            if body[0] == frames.CHANNEL and frames.read_channel(body):
+            if body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
                 for fd in take_pair(self._fds):
                     os.close(fd)
 
     def open(self, lease: int, deadline: float | None) -> tuple[int, int, int] | None:
-        """Ask for a channel to a leased worker: its socket's and its page's descriptors, and its
-        place on the page."""
+        """Ask for a channel to a leased worker.
+
+        Returns:
+            Its socket's and its page's descriptors and its place on the page; None if the lease has
+            been taken back.
+
+        Raises:
+            ChannelBroken: the worker died, or cannot be reached.
+        """
         number = self.next_number()
         self._expect_fds = True  # and from now on: this may be interrupted before they come
         self.send(frames.request_lease(frames.OPEN, number, lease))
         body = self.wait(number, deadline)
-        slot = frames.read_channel(body)
+        slot, lost = frames.read_channel(body)
+        if lost:
+            raise ChannelBroken
         return (*take_pair(self._fds), slot) if slot else None
 
     def why(self, lease: int, deadline: float | None) -> Any:

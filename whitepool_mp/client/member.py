@@ -217,7 +217,8 @@ class Member:
         the first meeting.
 
         Raises:
-            LeaseError: the manager knows of no such lease (its worker died).
+            ChannelBroken: the worker died, or cannot be reached.
+            LeaseError: the manager knows of no such lease (it has been recalled).
             LinkBroken, TimedOut: as for any request.
         """
         with self._lock:

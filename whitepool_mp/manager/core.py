@@ -230,17 +230,18 @@ class Manager:
         worker = self._broker.lease_worker(self._holder(client, lease).id, lease)
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
-            self._door.send(client, frames.channel(number, 0))
+            lost = worker is not None or (client.member, lease) in self._obituaries
+            self._door.send(client, frames.channel(number, 0, lost=lost))
             return
         try:
             ours, theirs = socket.socketpair()
         except OSError:  # no descriptors left: this one call fails, and says so
-            self._door.send(client, frames.channel(number, 0))
+            self._door.send(client, frames.channel(number, 0, lost=True))
             return
         with ours, theirs:
             slot = self._crew.adopt(worker, theirs)
             passed = (ours, hand.page_fd) if slot else ()
-            self._door.send(client, frames.channel(number, slot), passed)
+            self._door.send(client, frames.channel(number, slot, lost=not slot), passed)
 
     def _holder(self, client: Client, lease: int) -> Client:
         """Who holds a lease on a client's behalf: another connection of its process may."""
@@ -258,7 +259,7 @@ class Manager:
         worker = self._broker.lease_worker(holder.id, lease)
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
-            # Nothing but the end of the pool takes a lease from a holder who is there to ask.
+            # It was kept and has been recalled; or it is the end of the pool.
             ended = (
                 {"reason": "the pool was terminated"} if self._broker.status().draining else None
             )

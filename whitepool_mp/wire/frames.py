@@ -70,7 +70,7 @@ _RESIZE = struct.Struct("!BIII")
 _NONCE = struct.Struct("!B32s")
 _GRANT = struct.Struct("!BIQIII?")
 _REFUSED = struct.Struct("!BIB")
-_CHANNEL = struct.Struct("!BIB")
+_CHANNEL = struct.Struct("!BIB?")
 
 
 class Auth(NamedTuple):
@@ -320,18 +320,20 @@ def read_refused(body: bytes) -> Refused:
     return Refused(number, REFUSALS[why], _text(body, _REFUSED.size))
 
 
-def channel(number: int, slot: int) -> bytes:
+def channel(number: int, slot: int, lost: bool = False) -> bytes:
     """Answer to OPEN: the channel's place on the worker's page, or 0 if there is none.
 
-    If there is, two descriptors come with it: the socket and the page.
+    If there is, two descriptors come with it: the socket and the page. If not, `lost` says that the
+    worker died or cannot be reached; otherwise the lease has been taken back.
     """
-    return frame(_CHANNEL.pack(CHANNEL, number, slot))
+    return frame(_CHANNEL.pack(CHANNEL, number, slot, lost))
 
 
-def read_channel(body: bytes) -> int:
-    """Decode CHANNEL: the channel's place on the page, or 0 if nothing came with it."""
-    slot: int = _unpack(_CHANNEL, body)[2]
-    return slot
+def read_channel(body: bytes) -> tuple[int, bool]:
+    """Decode CHANNEL: the channel's place on the page, or 0 if nothing came with it; and whether
+    the worker is lost."""
+    _, _, slot, lost = _unpack(_CHANNEL, body)
+    return slot, lost
 
 
 def draining() -> bytes:
