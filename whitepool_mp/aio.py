@@ -194,9 +194,8 @@ class AsyncSession:
     ) -> T:
         """Run `fn(*args, **kwargs)` in a worker; as `Session.run`, arguments and errors too."""
         seconds = check_timeout("timeout", timeout)
-        flags, data, buffers, name = payload.dump_job(fn, args, kwargs)
-        if with_resource:
-            flags |= Session(self._member)._flags(with_resource)
+        flags = Session(self._member)._flags(with_resource) if with_resource else 0
+        data, buffers, name = payload.dump_job(fn, args, kwargs)
         driver = self._driver()
         future: asyncio.Future[T] = driver.loop.create_future()
         sink = FutureSink(future, name, self.name)

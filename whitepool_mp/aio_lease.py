@@ -66,9 +66,8 @@ class AsyncLease:
     ) -> Any:
         """Run `fn(resource, *args, **kwargs)` in the worker; as `Lease.call`."""
         seconds = check_timeout("timeout", timeout)
-        flags, data, buffers, name = payload.dump_job(fn, args, kwargs)
-        if self._member.has_factory:
-            flags |= messages.WITH_RESOURCE
+        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
+        data, buffers, name = payload.dump_job(fn, args, kwargs)
         return await self._send(messages.CALL, flags, data, buffers, name, seconds)
 
     async def _method(

@@ -96,9 +96,8 @@ class Lease:
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
-        flags, data, buffers, _ = payload.dump_job(fn, args, kwargs)
-        if self._member.has_factory:
-            flags |= messages.WITH_RESOURCE
+        flags = messages.WITH_RESOURCE if self._member.has_factory else 0
+        data, buffers, _ = payload.dump_job(fn, args, kwargs)
         return self._exchange(messages.CALL, flags, data, buffers, deadline, seconds, fn)
 
     def _method(self, target: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

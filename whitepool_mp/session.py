@@ -243,9 +243,8 @@ class Session:
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
-        flags, data, buffers, _ = payload.dump_job(fn, args, kwargs)
-        if with_resource:
-            flags |= self._flags(with_resource)
+        flags = self._flags(with_resource) if with_resource else 0
+        data, buffers, _ = payload.dump_job(fn, args, kwargs)
         member = self._member
         deaths = 0
         while True:
@@ -321,9 +320,8 @@ class Session:
             PoolClosed, ManagerDied: as for `checkout`.
         """
         seconds = check_timeout("timeout", timeout)
-        flags, data, buffers, name = payload.dump_job(fn, args, kwargs)
-        if with_resource:
-            flags |= self._flags(with_resource)
+        flags = self._flags(with_resource) if with_resource else 0
+        data, buffers, name = payload.dump_job(fn, args, kwargs)
         member = self._member
         return member.threaded().call(member, name, flags, seconds, data, buffers, caller_site())
 

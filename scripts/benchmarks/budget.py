@@ -23,8 +23,8 @@ def print_budget(rounds: int = 15, count: int = 2000) -> None:
     from whitepool_mp.wire import messages, payload
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    flags, data, _, _ = payload.dump_job(jobs.noop, (), {})
-    request = messages.pack(messages.CALL, flags, 1, 1, data)[0]
+    data, _, _ = payload.dump_job(jobs.noop, (), {})
+    request = messages.pack(messages.CALL, 0, 1, 1, data)[0]
     answer = messages.pack(messages.RESULT, 0, 1, 1, pickle.dumps(os.getpid(), 5))[0]
 
     def client_pickling() -> None:
@@ -32,9 +32,7 @@ def print_budget(rounds: int = 15, count: int = 2000) -> None:
         pickle.loads(result)
 
     def worker_pickling() -> None:
-        function, arguments = messages.read_split(view)
-        pickle.loads(function)
-        pickle.loads(arguments, buffers=())
+        pickle.loads(view, buffers=())
         payload.dumps(12345)
 
     result, view = pickle.dumps(12345, 5), memoryview(data)

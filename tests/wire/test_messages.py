@@ -76,14 +76,13 @@ def receive(reader: MessageReader, data: bytes, portions: Iterable[int] = ()) ->
     at, sizes = 0, []
     given = iter(portions)
     while at < len(data):
-        room = reader.want()
+        room = reader.room
         assert len(room) > 0
         count = min(len(room), len(data) - at, next(given, len(data)))
         room[:count] = data[at : at + count]
-        reader.received(count)
+        yield_all(reader, reader.take(count))
         at += count
         sizes.append(count)
-        yield_all(reader)
     return sizes
 
 
@@ -91,10 +90,11 @@ _found: list[tuple[Message, bool]] = []
 _expected: list[Packed] = []
 
 
-def yield_all(reader: MessageReader) -> None:
+def yield_all(reader: MessageReader, message: Message | None) -> None:
     """Take out every whole message and compare it while its payload is valid."""
-    while (message := reader.pop()) is not None:
+    while message is not None:
         _found.append((message, _expected[len(_found)].is_in(message)))
+        message = reader.pop() if reader.more else None
 
 
 def check(packed: Sequence[Packed], portions: Iterable[int]) -> None:
@@ -105,7 +105,7 @@ def check(packed: Sequence[Packed], portions: Iterable[int]) -> None:
     receive(reader, b"".join(each.data for each in packed), portions)
     assert len(_found) == len(packed)
     assert all(same for _, same in _found), packed
-    assert reader.clean
+    assert not reader.more
     assert reader.pop() is None
 
 
@@ -141,15 +141,12 @@ def test_a_large_buffer_is_received_into_the_memory_in_which_it_stays() -> None:
     one = Packed(messages.CALL, 0, 1, 1, 10, [BUFFER * 8])
     reader = MessageReader()
     head = len(one.data) - BUFFER * 8
-    room = reader.want()
-    room[:head] = one.data[:head]
-    reader.received(head)
-    assert reader.pop() is None
-    final = reader.want()
+    reader.room[:head] = one.data[:head]
+    assert reader.take(head) is None
+    final = reader.room
     assert len(final) == BUFFER * 8
     final[:] = one.data[head:]
-    reader.received(len(final))
-    message = reader.pop()
+    message = reader.take(len(final))
     assert message is not None
     (buffer,) = message.buffers
     assert isinstance(buffer.obj, mmap.mmap)
@@ -173,7 +170,7 @@ def test_a_reader_in_the_middle_of_a_message_is_not_clean() -> None:
         _found.clear()
         receive(reader, one.data[:end])
         assert _found == []
-        assert not reader.clean
+        assert reader.more
 
 
 @pytest.mark.parametrize("kind", [0, 9, 64, 255])
@@ -229,8 +226,8 @@ def test_a_message_of_many_pieces_goes_through_a_socket(count: int) -> None:
         sender = threading.Thread(target=messages.send_all, args=(ours, pieces))
         sender.start()
         reader = MessageReader()
-        while (message := reader.pop()) is None:
-            reader.received(theirs.recv_into(reader.want()))
+        while (message := reader.take(theirs.recv_into(reader.room))) is None:
+            pass
         sender.join()
         assert one.is_in(message)
 

@@ -62,24 +62,27 @@ class Worker:
         self._ends = socket.socketpair()
         self.server = Server(self._ends[0], page, None, False)
         self.channel = Channel(self._ends[1], pages.slot_words(1))
-        self.channel.reader.received(1)  # more calls have come: answers are kept
+        self.channel.reader.take(1)  # more calls have come: answers are kept
 
     def begin(self, number: int, lease: int = LEASE) -> bool:
         """Whether a call may begin; a refusal is answered."""
         self._adopt(lease)
-        return self.server._begin(self.channel, lease, number)
+        why = self.server._claim(self.channel, lease, number, 1)
+        if why:
+            self.server._refuse(self.channel, number, why)
+        return not why
 
     def _adopt(self, lease: int) -> None:
         self.server._fence = max(self.server._fence, lease)
 
     def end(self, number: int = 0) -> None:
-        self.server._answer(self.channel, [answer(number)])
+        self.server._answer(self.channel, answer(number), serve._SHORT)
 
     def put(self, data: bytes) -> None:
         """Keep an answer."""
         self.server._fence = max(self.server._fence, LEASE)
         unsent = self.page.words[UNSENT]
-        self.server._answer(self.channel, [data], 0)
+        self.server._answer(self.channel, data, 0)
         assert self.page.words[UNSENT] == unsent + len(data)
 
     def send(self) -> None:
@@ -612,7 +615,6 @@ SERVE = """
     log = memoryview(shared)[4096:]
     one, other = socket.socketpair()
     server = Server(one, page, None, False)
-    server._answer = lambda channel, pieces: None
     channel = Channel(other, pages.slot_words(1))
     parent = os.getppid()
     number = 0
@@ -622,7 +624,7 @@ SERVE = """
             lease = words[2]
             if lease > server._fence:
                 server._fence = lease
-            if server._begin(channel, lease, number):
+            if not server._claim(channel, lease, number, 1):
                 log[number] = 1
             page.words[pages.ENDED] = server._calls
             words[1] = number

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import select
 import socket
 import time
+from collections.abc import Sequence
 
 from whitepool_mp.client.link import ChannelBroken, TimedOut, left_ms
 from whitepool_mp.wire import messages
-from whitepool_mp.wire.messages import Message, MessageReader
+from whitepool_mp.wire.messages import HEAD, Message, MessageReader
 from whitepool_mp.wire.pages import Page
+
+_SMALL = 64 * 1024
+"""Bytes of a pickle that is copied to be sent in one piece with its head."""
 
 
 class Channel:
@@ -37,11 +42,20 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(sock_fd, select.POLLIN)
 
-    def exchange(self, pieces: list[bytes | memoryview], deadline: float | None) -> Message:
+    def exchange(
+        self,
+        kind: int,
+        flags: int,
+        number: int,
+        lease: int,
+        data: bytes,
+        buffers: Sequence[pickle.PickleBuffer],
+        deadline: float | None,
+    ) -> Message:
         """Send a request and return its answer.
 
         Args:
-            pieces: the message.
+            kind, flags, number, lease, data, buffers: the message (see `messages`).
             deadline: until when, on the monotonic clock; None for ever.
 
         Raises:
@@ -50,18 +64,18 @@ class Channel:
         """
         sock, reader = self.sock, self.reader
         try:
-            if deadline is None:
-                messages.send_all(sock, pieces)
+            if deadline is None and not buffers and len(data) < _SMALL:
+                sock.sendall(HEAD.pack(kind, flags, 0, number, lease, len(data)) + data)
             else:
+                pieces = messages.pack(kind, flags, number, lease, data, buffers)
                 self._send_until(pieces, deadline)
             while True:
                 if deadline is not None and not self._poll.poll(left_ms(deadline)):
                     raise TimedOut
-                count = sock.recv_into(reader.want())
+                count = sock.recv_into(reader.room)
                 if not count:
                     raise ChannelBroken
-                reader.received(count)
-                message = reader.pop()
+                message = reader.take(count)
                 if message is not None:
                     return message
         except TimeoutError:
@@ -69,8 +83,11 @@ class Channel:
         except OSError:
             raise ChannelBroken from None
 
-    def _send_until(self, pieces: list[bytes | memoryview], deadline: float) -> None:
+    def _send_until(self, pieces: list[bytes | memoryview], deadline: float | None) -> None:
         """Send to a worker that may not read: each write waits for room until the deadline."""
+        if deadline is None:
+            messages.send_all(self.sock, pieces)
+            return
         self.sock.settimeout(max(0.0, deadline - time.monotonic()) or 1e-6)
         try:
             messages.send_all(self.sock, pieces)

@@ -475,7 +475,7 @@ class Engine:
         """Read once; whether there may be more."""
         reader = channel.reader
         try:
-            count = channel.sock.recv_into(reader.want())
+            count = channel.sock.recv_into(reader.room)
         except BlockingIOError:
             return False
         except OSError:
@@ -484,10 +484,11 @@ class Engine:
             self._hear_unsent(channel)
             self._hung_up(channel)
             return False
-        reader.received(count)
         try:
-            while (message := reader.pop()) is not None:
+            message = reader.take(count)
+            while message is not None:
                 self.jobs.answered(channel, message)
+                message = reader.pop() if reader.more else None
         except ProtocolError:  # something in the worker wrote to descriptors not its own
             self._hung_up(channel)
             return False

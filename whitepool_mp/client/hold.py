@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
 from whitepool_mp.errors import WhitepoolError
-from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class Hold:
         channel = self.channel
         if channel is None:
             channel = self.channel = member.channel(self.worker, self.id, deadline)
-        pieces = messages.pack(kind, flags, number, self.id, data, buffers)
-        message = channel.exchange(pieces, deadline)
+        message = channel.exchange(kind, flags, number, self.id, data, buffers, deadline)
         if message.number != number:
             raise ChannelBroken
         return message
@@ -123,7 +122,8 @@ class Hold:
 
     def is_recalled(self) -> bool:
         """Whether the pool is known to have taken the worker back."""
-        return self.channel is not None and self.channel.page.is_recalled(self.id)
+        channel = self.channel
+        return channel is not None and channel.page.words[pages.RECALLED] >= self.id
 
     def recalled(self) -> Channel | None:
         """The pool has taken the worker back; the channel is of use to the next lease."""

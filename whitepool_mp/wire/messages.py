@@ -10,7 +10,7 @@ A message is a 24-byte head, the sizes of its out-of-band buffers, a pickle and 
 `number` counts the calls of a lease. `token` is the lease id in a request (the worker refuses an
 older one than it has seen) and the call's duration in nanoseconds in an answer.
 
-`MessageReader` is the protocol without I/O: ask it where to put the next bytes, tell it how many
+`MessageReader` is the protocol without I/O: it says where to put the next bytes; tell it how many
 came, take whole messages out. Small messages cost one receive; large buffers are received straight
 into the memory in which they stay.
 """
@@ -60,6 +60,8 @@ SKIPPED = 4
 """It has not begun and never will: it was taken back (see `pages`)."""
 
 HEAD = struct.Struct("<BBHIQQ")
+_HEAD_SIZE = HEAD.size
+_unpack_head = HEAD.unpack_from
 
 _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
@@ -70,7 +72,7 @@ _GATHER = 512
 
 
 class Message(NamedTuple):
-    """A whole message; `payload` is valid until the reader is next asked for room."""
+    """A whole message; `payload` is valid until the reader is next given bytes."""
 
     kind: int
     flags: int
@@ -194,39 +196,56 @@ def read_all(data: bytes) -> list[Message]:
 class MessageReader:
     """Received bytes in, whole messages out, without a copy of large ones.
 
-    Use: `n = sock.recv_into(reader.want()); reader.received(n)`, then `pop()` until it is None.
+    Use: `message = reader.take(sock.recv_into(reader.room))`, then `pop()` as long as there is
+    `more` and it gives one.
+
+    Attributes:
+        room: where the next bytes belong. Never empty.
+        more: whether something has come that was not taken out.
     """
 
-    __slots__ = ("_begin", "_buffer", "_end", "_head", "_parts", "_targets", "_view")
+    __slots__ = (
+        "_begin",
+        "_buffer",
+        "_end",
+        "_head",
+        "_parts",
+        "_targets",
+        "_view",
+        "more",
+        "room",
+    )
 
     def __init__(self) -> None:
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
+        self._new_buffer(b"")
         self._begin = 0
-        self._end = 0
+        self.more = False
         # A message too large for the buffer: its head, all its parts, what is yet to be filled.
         self._head: tuple[int, int, int, int] | None = None
         self._parts: list[Any] = []
         self._targets: list[memoryview] = []
 
-    def want(self) -> memoryview:
-        """Where the next bytes belong. Never empty."""
-        if self._begin == self._end:
-            if self._targets:
-                return self._targets[-1]
-            self._begin = self._end = 0
-            return self._view
-        if self._targets:
-            return self._targets[-1]
-        if self._end == _BUFFER:
-            rest = self._buffer[self._begin : self._end]
-            self._buffer[: len(rest)] = rest
-            self._begin, self._end = 0, len(rest)
-        return self._view[self._end :]
+    def _new_buffer(self, rest: bytes | bytearray) -> None:
+        self._buffer = bytearray(_BUFFER)
+        self._buffer[: len(rest)] = rest
+        self._view = memoryview(self._buffer)
+        self._begin, self._end = 0, len(rest)
+        self.room = self._view[self._end :]
 
-    def received(self, count: int) -> None:
-        """`count` bytes were written to what `want` returned."""
-        if self._targets:
+    def take(self, count: int) -> Message | None:
+        """`count` bytes were written to `room`: the next whole message, or None.
+
+        Raises:
+            ProtocolError: the bytes are no message.
+        """
+        if not self.more:
+            if count >= _HEAD_SIZE:  # mostly it is one small message that came whole
+                kind, flags, buffers, number, token, length = _unpack_head(self._buffer)
+                if not buffers and length == count - _HEAD_SIZE and CALL <= kind <= RESULTS:
+                    body = self._view[_HEAD_SIZE:count]
+                    return _new(Message, (kind, flags, number, token, body, ()))
+            self._end = count
+        elif self._targets:
             target = self._targets[-1]
             if count < len(target):
                 self._targets[-1] = target[count:]
@@ -234,42 +253,55 @@ class MessageReader:
                 self._targets.pop()
         else:
             self._end += count
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing has come that was not taken out."""
-        return self._begin == self._end and self._head is None
+        return self.pop()
 
     def pop(self) -> Message | None:
-        """The next whole message, or None.
+        """The next whole message of what has come, or None.
 
         Raises:
             ProtocolError: the bytes are no message.
         """
+        message = self._pop()
+        if self._targets:
+            self.more = True
+            self.room = self._targets[-1]
+        elif self._begin == self._end:
+            self.more = False
+            self._begin = self._end = 0
+            self.room = self._view
+        else:
+            self.more = True
+            if self._end == _BUFFER:  # what a message before refers to stays as it is
+                self._new_buffer(self._buffer[self._begin :])
+            else:
+                self.room = self._view[self._end :]
+        return message
+
+    def _pop(self) -> Message | None:
         if self._head is not None:
             if self._targets:
                 return None
             kind, flags, number, token = self._head
             parts, self._parts, self._head = self._parts, [], None
             return Message(kind, flags, number, token, memoryview(parts[0]), parts[1:])
-        available = self._end - self._begin
-        if available < HEAD.size:
-            return None
         begin = self._begin
-        kind, flags, count, number, token, length = HEAD.unpack_from(self._buffer, begin)
+        available = self._end - begin
+        if available < _HEAD_SIZE:
+            return None
+        kind, flags, count, number, token, length = _unpack_head(self._buffer, begin)
         if not CALL <= kind <= RESULTS or length > _LARGEST:
             raise ProtocolError(f"no message begins with {bytes(self._view[begin : begin + 24])!r}")
-        body = begin + HEAD.size
+        body = begin + _HEAD_SIZE
         if not count:
             end = body + length
             if end <= self._end:
                 self._begin = end
                 return _new(Message, (kind, flags, number, token, self._view[body:end], ()))
-            if length <= _BUFFER - HEAD.size:
+            if length <= _BUFFER - _HEAD_SIZE:
                 return None
             sizes: tuple[int, ...] = ()
         else:
-            if available < HEAD.size + 8 * count:
+            if available < _HEAD_SIZE + 8 * count:
                 if count > MAX_BUFFERS:
                     raise ProtocolError(f"a message of {count} buffers")
                 return None
@@ -279,7 +311,7 @@ class MessageReader:
             body += 8 * count
         self._head = (kind, flags, number, token)
         self._collect(body, [length, *sizes])
-        return self.pop()
+        return self._pop()
 
     def _collect(self, at: int, sizes: list[int]) -> None:
         """Make room for a large message's parts and move in what has come of them already."""

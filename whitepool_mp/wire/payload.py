@@ -10,11 +10,11 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
-from whitepool_mp.wire.messages import MAX_BUFFERS, SPLIT, pack_split
+from whitepool_mp.wire.messages import MAX_BUFFERS, PLAIN
 
 OUT_OF_BAND = 16 * 1024
 """Buffers of at least this many bytes travel beside the pickle."""
@@ -33,6 +33,8 @@ def dumps(value: Any) -> Dumped:
     Raises:
         Exception: whatever the value's own pickling raises, when cloudpickle fails as well.
     """
+    if type(value) in PLAIN:
+        return pickle.dumps(value, 5), []
     buffers: list[pickle.PickleBuffer] = []
     try:
         data = pickle.dumps(value, 5, buffer_callback=buffers.append)
@@ -116,30 +118,32 @@ def dump_call(
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     try:
-        return dumps((function, args, kwargs))
+        return dumps((function, (args, kwargs)))
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
 
 
-_PLAIN = (FunctionType, BuiltinFunctionType)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _MOST_FUNCTIONS = 4096
+_PROTOCOL = pickle.PROTO + b"\x05"
+_PAIR = pickle.TUPLE2 + pickle.STOP
+_UNKNOWN = (b"", "")
 _by_reference: dict[Any, tuple[bytes, str] | None] = {}
 
 
 def _reference(function: Any) -> tuple[bytes, str] | None:
-    """What a SPLIT payload begins with for a function that a module holds, and its name.
+    """What a call's pickle begins with for a function that a module holds, and its name.
 
     None if it has to travel by value: what it refers to may be different each time.
     """
-    try:
-        return _by_reference[function]
-    except KeyError:
-        pass
     found = None
     try:
-        data = pickle.dumps(function, 5)
-        if b"__main__" not in data and _is_global(function):
-            found = pack_split(data, b""), qualified_name(function)
+        name = function.__qualname__
+        module = pickle.whichmodule(function, name)  # type: ignore[attr-defined]
+        # GLOBAL takes no place in the memo, which is the arguments'.
+        begin = b"".join((_PROTOCOL, pickle.GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
+        if module != "__main__" and loads(begin + pickle.STOP) is function:
+            found = begin, qualified_name(function)
     except Exception:  # it has to travel by value, or not at all
         pass
     if len(_by_reference) >= _MOST_FUNCTIONS:
@@ -148,30 +152,30 @@ def _reference(function: Any) -> tuple[bytes, str] | None:
     return found
 
 
-def _is_global(function: Any) -> bool:
-    """Whether it is no method of some object."""
-    owner = getattr(function, "__self__", None)
-    return owner is None or isinstance(owner, ModuleType)
-
-
 def dump_job(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[int, bytes, list[pickle.PickleBuffer], str]:
-    """Pickle a call; a function that a module holds is pickled once for all calls.
+) -> tuple[bytes, list[pickle.PickleBuffer], str]:
+    """Pickle a call as one object; a function that a module holds is pickled once for all calls.
 
     Returns:
-        Flags of the message, the payload, the buffers beside it, and the function's name.
+        The pickle, the buffers beside it, and the function's name.
 
     Raises:
         SerializationError: the function or an argument cannot be pickled; says which.
     """
-    if type(function) in _PLAIN:
-        known = _reference(function)
+    if type(function) in _FUNCTIONS:
+        known = _by_reference.get(function, _UNKNOWN)
+        if known is _UNKNOWN:
+            known = _reference(function)
         if known is not None:
-            data, buffers = dump_arguments(function, args, kwargs)
-            return SPLIT, known[0] + data, buffers, known[1]
+            try:
+                data, buffers = dumps((args, kwargs))
+            except Exception as error:
+                raise _culprit(function, args, kwargs, error) from error
+            # The one pickle's end and the other's beginning fall away.
+            return b"".join((known[0], memoryview(data)[2:-1], _PAIR)), buffers, known[1]
     data, buffers = dump_call(function, args, kwargs)
-    return 0, data, buffers, qualified_name(function)
+    return data, buffers, qualified_name(function)
 
 
 def dump_arguments(

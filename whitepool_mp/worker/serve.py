@@ -23,11 +23,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pickle import dumps, loads
 from typing import Any
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import descriptors, frames, messages, pages, payload, rooms
-from whitepool_mp.wire.messages import RESULT, Message, MessageReader
+from whitepool_mp.wire.messages import (
+    CALL,
+    HEAD,
+    PLAIN,
+    RESULT,
+    SPLIT,
+    WITH_RESOURCE,
+    Message,
+    MessageReader,
+)
 from whitepool_mp.wire.pages import (
     BEGUN,
     CALLS,
@@ -41,6 +51,9 @@ from whitepool_mp.wire.pages import (
 )
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
+_clock = time.perf_counter_ns
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+_MOST_READY = 16
 _GROUP = 16_000
 """Nanoseconds. Calls of a bulk are begun together if they take no longer than this together."""
 _TAIL = 1024
@@ -104,16 +117,17 @@ class Server:
             True if the manager asked for a clean stop, False if it is gone.
         """
         control = self._control.fileno()
+        channels, poll = self._channels, self._poll.poll
         while True:
-            ready = self._poll.poll(_WARM_SECONDS if rooms.kept() else None)
+            ready = poll(_WARM_SECONDS if rooms.kept() else None, _MOST_READY)
             if not ready:
                 rooms.let_go()
             for fd, _ in ready:
-                if fd == control:
-                    if not self._hear_manager():
-                        return self._retired
-                elif fd in self._channels:
-                    self._hear_client(self._channels[fd])
+                channel = channels.get(fd)
+                if channel is not None:
+                    self._hear_client(channel)
+                elif fd == control and not self._hear_manager():
+                    return self._retired
 
     def close_inherited(self) -> None:
         """In a child that user code forked: close its copies, so that our end-of-file comes."""
@@ -165,6 +179,7 @@ class Server:
             self._poll.unregister(fd)
             del self._channels[fd]
             channel.sock.close()
+            self._more = False
             # Answers for it that lie here are nobody's.
             self._words[UNSENT] = self._words[RESULTS] = self._unsent = 0
             self._words[SENDINGS] += 1
@@ -173,15 +188,22 @@ class Server:
         reader = channel.reader
         try:
             try:
-                count = channel.sock.recv_into(reader.want(), 0, socket.MSG_DONTWAIT)
+                count = channel.sock.recv_into(reader.room, 0, _DONTWAIT)
             except BlockingIOError:
                 return  # it was served when the manager wanted that done first
             if not count:
                 self._drop(channel)
                 return
-            reader.received(count)
-            while (message := reader.pop()) is not None:
-                self._serve(channel, message)
+            message = reader.take(count)
+            while message is not None:
+                if message.token > self._fence:
+                    self._fence = message.token
+                    self._kept.clear()
+                if message.kind == CALL:
+                    self._call(channel, message)
+                else:
+                    self._serve(channel, message)
+                message = reader.pop() if reader.more else None
             if self._unsent:
                 self._send_unsent(channel)
         except (ConnectionError, ProtocolError):
@@ -190,38 +212,24 @@ class Server:
             self._drop(channel)
 
     def _serve(self, channel: Channel, message: Message) -> None:
-        lease = message.token
-        self._more = False
-        if lease > self._fence:
-            self._fence = lease
-            self._kept.clear()
-        if message.kind == messages.CALL:
-            self._call(channel, message)
-        elif message.kind == messages.METHOD:
+        if message.kind == messages.METHOD:
             self._method(channel, message)
         elif message.kind == messages.BATCH:
             self._batch(channel, message)
         elif message.kind == messages.BULK:
             self._bulk(channel, message)
         elif message.kind == messages.RELEASE:
-            if lease == self._fence:
+            if message.token == self._fence:
                 self._kept.clear()
         else:
             raise ProtocolError(f"a client sent a message of kind {message.kind}")
 
-    def _begin(self, channel: Channel, lease: int, number: int) -> bool:
-        """Whether a call may begin; if not, it is refused. The page says so before anything else.
+    def _claim(self, channel: Channel, lease: int, last: int, count: int) -> int:
+        """Say on the page that calls up to number `last` begin; why they may not, or 0.
 
-        It says first that the call begins and looks then whether it was taken back: who takes it
+        It says first that they begin and looks then whether they were taken back: who takes them
         back does both the other way round.
         """
-        refused = self._claim(channel, lease, number, 1)
-        if refused:
-            self._refuse(channel, number, refused)
-        return not refused
-
-    def _claim(self, channel: Channel, lease: int, last: int, count: int) -> int:
-        """Say that calls up to number `last` begin; why they may not, or 0."""
         if lease < self._fence:
             return messages.FENCED
         words, skip = self._words, channel.skip
@@ -243,20 +251,21 @@ class Server:
         return why
 
     def _refuse(self, channel: Channel, number: int, why: int) -> None:
-        self._answer(channel, messages.pack(messages.ERROR, why, number, 0, b""))
+        self._answer(channel, messages.pack(messages.ERROR, why, number, 0, b"")[0], _SHORT)
 
     def _call(self, channel: Channel, message: Message) -> None:
         _, flags, number, lease, data, buffers = message
-        if not self._begin(channel, lease, number):
+        if why := self._claim(channel, lease, number, 1):
+            self._refuse(channel, number, why)
             return
-        started = time.perf_counter_ns()
+        started = _clock()
         try:
-            if flags & messages.SPLIT:
+            if flags & SPLIT:
                 function_pickle, data = messages.read_split(data)
-                function = payload.loads(function_pickle)
-                args, kwargs = payload.loads(data, buffers=buffers)
+                function = loads(function_pickle)
+                args, kwargs = loads(data, buffers=buffers)
             else:
-                function, args, kwargs = payload.loads(data, buffers=buffers)
+                function, (args, kwargs) = loads(data, buffers=buffers)
         except BaseException as error:
             self._fail(channel, number, messages.LOADING, error, started)
             return
@@ -274,28 +283,46 @@ class Server:
         started: int,
     ) -> None:
         try:
-            if flags & messages.WITH_RESOURCE:
+            if flags & WITH_RESOURCE:
                 value = function(self._resource, *args, **kwargs)
             else:
                 value = function(*args, **kwargs)
         except BaseException as error:
             self._fail(channel, number, messages.RAISED, error, started)
             return
-        self._reply(channel, number, function, value, time.perf_counter_ns() - started)
+        took = _clock() - started
+        if type(value) in PLAIN:
+            data = dumps(value, 5)
+            head = HEAD.pack(RESULT, 0, 0, number, took, len(data))
+            self._answer(channel, head + data, took)
+        else:
+            self._reply(channel, number, function, value, took)
 
     def _reply(self, channel: Channel, number: int, function: Any, value: Any, took: int) -> None:
         """Answer with a result."""
         try:
             data, buffers = payload.dumps(value)
         except BaseException as error:
-            started = time.perf_counter_ns() - took
+            started = _clock() - took
             self._fail(channel, number, messages.DUMPING, error, started, function, value)
             return
-        self._answer(channel, messages.pack(RESULT, 0, number, took, data, buffers), took)
+        self._answer_in_pieces(channel, messages.pack(RESULT, 0, number, took, data, buffers), took)
 
-    def _answer(
+    def _answer_in_pieces(
         self, channel: Channel, pieces: list[bytes | memoryview], took: int = _SHORT
     ) -> None:
+        """`_answer` for one that may be large."""
+        if len(pieces) == 1:
+            self._answer(channel, pieces[0], took)
+            return
+        if self._copied:
+            os._exit(1)
+        self._send_unsent(channel)
+        last = memoryview(pieces[-1]).cast("B")
+        messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
+        self._transmit(channel, last[-_TAIL:])
+
+    def _answer(self, channel: Channel, data: bytes | memoryview, took: int) -> None:
         """Send an answer, or put it with others that are sent together soon.
 
         The page says that its call has ended before its reader can look there, and not while this
@@ -303,16 +330,8 @@ class Server:
         """
         if self._copied:
             os._exit(1)  # its parent answers
-        words = self._words
-        data = pieces[0]
-        if len(pieces) > 1:
-            self._send_unsent(channel)
-            last = memoryview(pieces[-1]).cast("B")
-            messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
-            self._transmit(channel, last[-_TAIL:])
-            return
-        if took < _SHORT and (self._more or not channel.reader.clean) and self._put(data):
-            words[ENDED] = self._calls
+        if took < _SHORT and (self._more or channel.reader.more) and self._put(data):
+            self._words[ENDED] = self._calls
             return
         if self._unsent:
             self._send_unsent(channel)
@@ -323,7 +342,7 @@ class Server:
         words = self._words
         words[ENDED] = self._calls
         try:
-            sent = channel.sock.send(data, socket.MSG_DONTWAIT)
+            sent = channel.sock.send(data, _DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent < len(data):
@@ -336,7 +355,7 @@ class Server:
 
         It lies in shared memory: if this process dies now, it is found there.
         """
-        now = time.perf_counter_ns()
+        now = _clock()
         start = self._unsent
         if not start:
             self._unsent_since = now
@@ -358,9 +377,10 @@ class Server:
 
     def _method(self, channel: Channel, message: Message) -> None:
         number = message.number
-        if not self._begin(channel, message.token, number):
+        if why := self._claim(channel, message.token, number, 1):
+            self._refuse(channel, number, why)
             return
-        started = time.perf_counter_ns()
+        started = _clock()
         try:
             target_id, name, args, kwargs = message.load()
             target = self._kept[target_id] if target_id else self._resource
@@ -374,7 +394,7 @@ class Server:
             self._fail(channel, number, messages.RAISED, error, started)
             return
         del args, kwargs
-        took = time.perf_counter_ns() - started
+        took = _clock() - started
         try:
             data, buffers = payload.dumps(value)
             flags = 0
@@ -385,7 +405,7 @@ class Server:
                 self._kept[key] = value
             data, _ = payload.dumps((key, type(value).__qualname__))
             flags, buffers = messages.REFERENCE, []
-        self._answer(channel, messages.pack(RESULT, flags, number, took, data, buffers))
+        self._answer_in_pieces(channel, messages.pack(RESULT, flags, number, took, data, buffers))
 
     def _batch(self, channel: Channel, message: Message) -> None:
         function_pickle, items = messages.read_batch(message.payload)
@@ -395,18 +415,20 @@ class Server:
         last = len(items) - 1
         for offset, item in enumerate(items):
             self._more = offset < last
-            if not self._begin(channel, lease, number + offset):
+            if why := self._claim(channel, lease, number + offset, 1):
+                self._refuse(channel, number + offset, why)
                 continue
-            started = time.perf_counter_ns()
+            started = _clock()
             try:
                 if function is None:
-                    function = payload.loads(function_pickle)
-                args, kwargs = payload.loads(item)
+                    function = loads(function_pickle)
+                args, kwargs = loads(item)
             except BaseException as error:
                 self._fail(channel, number + offset, messages.LOADING, error, started)
                 continue
             self._run(channel, number + offset, flags, function, args, kwargs, started)
             del args, kwargs
+        self._more = False
 
     def _bulk(self, channel: Channel, message: Message) -> None:
         """Many calls that are likely to be short: as little as possible is done for each of them.
@@ -416,7 +438,7 @@ class Server:
         """
         _, flags, number, lease, data, _ = message
         function_pickle, rest = messages.read_split(data)
-        values = payload.loads(rest)
+        values = loads(rest)
         self._send_unsent(channel)
         bulk = Bulk(self._page, lease, number)
         function: Callable[..., Any] | None = None
@@ -433,19 +455,19 @@ class Server:
                 if why == messages.SKIPPED and at < count - 1:
                     self._refuse(channel, number + count - 1, why)
                 return  # nothing behind it may begin either
-            started = time.perf_counter_ns()
+            started = _clock()
             done, step, problem = 0, messages.LOADING, None
             try:
                 if function is None:
-                    function = payload.loads(function_pickle)
-                    if flags & messages.WITH_RESOURCE:
+                    function = loads(function_pickle)
+                    if flags & WITH_RESOURCE:
                         function = functools.partial(function, self._resource)
             except BaseException as error:
                 problem = error
             else:
                 step = messages.RAISED
                 done, problem = bulk.run(function, values[at : at + claimed], self._is_copy)
-            took = time.perf_counter_ns() - started
+            took = _clock() - started
             bulk.took += took
             at += done
             if done < claimed:
@@ -499,9 +521,9 @@ class Server:
                 f"{type(error).__name__}: {error}"
             )
         data = payload.dump_failure(error, text)
-        took = time.perf_counter_ns() - started
+        took = _clock() - started
         error.__traceback__ = None
-        self._answer(channel, messages.pack(messages.ERROR, step, number, took, data))
+        self._answer_in_pieces(channel, messages.pack(messages.ERROR, step, number, took, data))
 
 
 def flush_output() -> None:
