@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.wire import messages, pages, payload
+from whitepool_mp.wire import messages, pages, payload, rooms
 from whitepool_mp.wire.messages import Message, MessageReader
 
 KIB = 1024
@@ -40,8 +40,11 @@ class Packed:
     def __init__(self, kind: int, flags: int, number: int, token: int, size: int, sizes: list[int]):
         fill = (number * 7 + 1) % 251
         self.fields = (kind, flags, number, token)
+        self.buffers: list[bytes | bytearray]
         self.payload = bytes((fill,)) * size
-        self.buffers = [bytes(((fill + i + 1) % 256,)) * each for i, each in enumerate(sizes)]
+        self.buffers = [bytearray(((fill + i + 1) % 256,)) * each for i, each in enumerate(sizes)]
+        for frozen in range(number % 2, len(sizes), 2) if number > 1 else ():
+            self.buffers[frozen] = bytes(self.buffers[frozen])
         pieces = messages.pack(
             *self.fields, self.payload, [pickle.PickleBuffer(each) for each in self.buffers]
         )
@@ -56,7 +59,9 @@ class Packed:
         return (
             message[:4] == self.fields
             and bytes(message.payload) == self.payload
-            and [bytes(each) for each in message.buffers] == self.buffers
+            and [bytes(each) for each in message.buffers] == [bytes(each) for each in self.buffers]
+            and [type(each) is bytes for each in message.buffers]
+            == [type(each) is bytes or not each for each in self.buffers]
         )
 
 
@@ -163,6 +168,30 @@ def test_buffers_are_writable_at_every_size() -> None:
     assert [memoryview(each).readonly for each in message.buffers] == [False] * 4
 
 
+def test_a_large_buffer_that_nobody_refers_to_any_more_is_filled_again() -> None:
+    rooms.let_go()
+    one = Packed(messages.CALL, 0, 1, 1, 10, [BUFFER * 8])
+    reader = MessageReader()
+
+    def received() -> mmap.mmap:
+        _expected[:] = [one]
+        _found.clear()
+        receive(reader, one.data)
+        ((message, _),) = _found
+        _found.clear()
+        assert isinstance(message.buffers[0], memoryview)
+        assert isinstance(message.buffers[0].obj, mmap.mmap)
+        return message.buffers[0].obj
+
+    try:
+        first = id(received())
+        kept = received()
+        assert id(kept) == first
+        assert received() is not kept
+    finally:
+        rooms.let_go()
+
+
 def test_a_reader_in_the_middle_of_a_message_is_not_clean() -> None:
     one = Packed(messages.CALL, 0, 1, 1, 100, [BUFFER * 2])
     for end in (1, HEAD, HEAD + 8, HEAD + 50, len(one.data) - 1):
@@ -186,7 +215,7 @@ def test_a_payload_that_fits_no_memory_is_refused(length: int) -> None:
         receive(MessageReader(), messages.HEAD.pack(messages.CALL, 0, 0, 1, 1, length))
 
 
-@pytest.mark.parametrize("sizes", [[2**46], [2**64 - 1], [2**63, 2**63], [100, 2**46]])
+@pytest.mark.parametrize("sizes", [[2**46], [2**64 - 1], [2**62, 2**62], [100, 2**46]])
 def test_buffers_that_fit_no_memory_are_refused(sizes: list[int]) -> None:
     head = messages.HEAD.pack(messages.CALL, 0, len(sizes), 1, 1, 5)
     with pytest.raises(ProtocolError):

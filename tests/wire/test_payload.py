@@ -64,8 +64,11 @@ class LoadBomb:
 
 
 def round_trip(value: Any) -> Any:
+    """As through a channel, which makes bytes of what was bytes."""
     data, buffers = payload.dumps(value)
-    return payload.loads(data, buffers=[bytearray(each.raw()) for each in buffers])
+    raws = [each.raw() for each in buffers]
+    received = [bytes(raw) if type(raw.obj) is bytes else bytearray(raw) for raw in raws]
+    return payload.loads(data, buffers=received)
 
 
 # --- dumps and loads --------------------------------------------------------------------------
@@ -131,9 +134,23 @@ def test_arrays_of_every_layout_come_back_equal(array: np.ndarray[Any, Any]) -> 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray])
 def test_bytes_of_every_size_come_back(kind: type[Any]) -> None:
-    for size in (0, 1, payload.OUT_OF_BAND, 300 * KIB):
+    for size in (0, 1, payload.OUT_OF_BAND, payload.LARGE_BYTES, 300 * KIB):
         assert round_trip(kind(b"x" * size)) == kind(b"x" * size)
         assert type(round_trip(kind(size))) is kind
+
+
+def test_large_bytes_travel_beside_the_pickle_and_are_not_copied() -> None:
+    large, small = b"x" * payload.LARGE_BYTES, b"x" * (payload.LARGE_BYTES - 1)
+    for dumped in (
+        payload.dumps(large),
+        payload.dump_arguments(len, (large, small), {}),
+        payload.dump_arguments(len, (), {"one": small, "other": large}),
+        payload.dump_job(len, (1, large), {})[:2],
+        payload.dump_call(lambda text: text, (large,), {}),
+    ):
+        (buffer,) = dumped[1]
+        assert buffer.raw().obj is large
+    assert payload.dumps(small)[1] == payload.dumps([large])[1] == []
 
 
 def test_no_more_buffers_travel_beside_a_pickle_than_a_message_holds() -> None:

@@ -7,6 +7,7 @@ A message is a 24-byte head, the sizes of its out-of-band buffers, a pickle and 
 
     kind u8 | flags u8 | buffers u16 | number u32 | token u64 | pickle length u64
 
+A size's highest bit says that the buffer is a `bytes` object's, and is to be one again.
 `number` counts the calls of a lease. `token` is the lease id in a request (the worker refuses an
 older one than it has seen) and the call's duration in nanoseconds in an answer.
 
@@ -37,7 +38,8 @@ in the place of the arguments."""
 RESULTS = 8
 """What several calls of a BULK returned, numbered from the message's number; plain values."""
 
-PLAIN = frozenset((type(None), bool, int, float, str, bytes))
+NUMBERS = frozenset((type(None), bool, int, float))
+PLAIN = NUMBERS | {str, bytes}
 """Types whose pickles run no code, and mean the same when they are put one behind the other."""
 
 # Flags of a request.
@@ -66,6 +68,7 @@ _unpack_head = HEAD.unpack_from
 _SIZE = struct.Struct("<I")
 _BUFFER = 64 * 1024
 _LARGEST = 1 << 46
+_AS_BYTES = 1 << 63
 MAX_BUFFERS = (_BUFFER - HEAD.size) // 8
 """How many buffers a message may have: head and sizes must fit the reader's buffer."""
 _GATHER = 512
@@ -103,7 +106,10 @@ def pack(
         return [head + payload] if len(payload) < _BUFFER else [head, payload]
     head = HEAD.pack(kind, flags, len(buffers), number, token, len(payload))
     raws = [buffer.raw() for buffer in buffers]
-    sizes = struct.pack(f"<{len(raws)}Q", *(raw.nbytes for raw in raws))
+    sizes = struct.pack(
+        f"<{len(raws)}Q",
+        *(raw.nbytes | _AS_BYTES if type(raw.obj) is bytes else raw.nbytes for raw in raws),
+    )
     return [head + sizes, payload, *raws]
 
 
@@ -205,6 +211,7 @@ class MessageReader:
     """
 
     __slots__ = (
+        "_as_bytes",
         "_begin",
         "_buffer",
         "_end",
@@ -223,6 +230,7 @@ class MessageReader:
         # A message too large for the buffer: its head, all its parts, what is yet to be filled.
         self._head: tuple[int, int, int, int] | None = None
         self._parts: list[Any] = []
+        self._as_bytes: list[int] = []  # which of them
         self._targets: list[memoryview] = []
 
     def _new_buffer(self, rest: bytes | bytearray) -> None:
@@ -283,6 +291,8 @@ class MessageReader:
                 return None
             kind, flags, number, token = self._head
             parts, self._parts, self._head = self._parts, [], None
+            for index in self._as_bytes:
+                parts[index] = self._to_bytes(parts[index])
             return Message(kind, flags, number, token, memoryview(parts[0]), parts[1:])
         begin = self._begin
         available = self._end - begin
@@ -299,13 +309,16 @@ class MessageReader:
                 return _new(Message, (kind, flags, number, token, self._view[body:end], ()))
             if length <= _BUFFER - _HEAD_SIZE:
                 return None
-            sizes: tuple[int, ...] = ()
+            sizes = []
+            self._as_bytes = []
         else:
             if available < _HEAD_SIZE + 8 * count:
                 if count > MAX_BUFFERS:
                     raise ProtocolError(f"a message of {count} buffers")
                 return None
-            sizes = struct.unpack_from(f"<{count}Q", self._buffer, body)
+            told = struct.unpack_from(f"<{count}Q", self._buffer, body)
+            sizes = [size & ~_AS_BYTES for size in told]
+            self._as_bytes = [index for index, size in enumerate(told, 1) if size & _AS_BYTES]
             if sum(sizes) > _LARGEST:
                 raise ProtocolError(f"a message of {sum(sizes)} bytes")
             body += 8 * count
@@ -318,7 +331,7 @@ class MessageReader:
         try:
             self._parts = [room(size) if size else b"" for size in sizes]
         except (OSError, MemoryError, ValueError) as error:
-            raise ProtocolError(f"no memory for a message of {sum(sizes)} bytes: {error}") from None
+            raise _no_memory(sum(sizes), error) from None
         targets = []
         for part in self._parts:
             view = memoryview(part)
@@ -331,6 +344,16 @@ class MessageReader:
         self._begin = at
         targets.reverse()
         self._targets = targets
+
+    def _to_bytes(self, part: Any) -> bytes:
+        try:
+            return bytes(part)
+        except MemoryError as error:
+            raise _no_memory(len(part), error) from None
+
+
+def _no_memory(size: int, error: Exception) -> ProtocolError:
+    return ProtocolError(f"no memory for a message of {size} bytes: {error}")
 
 
 def send_all(sock: Any, pieces: list[bytes | memoryview]) -> None:

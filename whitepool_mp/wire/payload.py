@@ -19,6 +19,9 @@ from whitepool_mp.wire.messages import MAX_BUFFERS, PLAIN
 OUT_OF_BAND = 16 * 1024
 """Buffers of at least this many bytes travel beside the pickle."""
 
+LARGE_BYTES = 256 * 1024
+"""An argument, or a result, that is a `bytes` of at least this size does so, too."""
+
 _FAILURE = struct.Struct("<II")
 
 Dumped = tuple[bytes, list[pickle.PickleBuffer]]
@@ -34,7 +37,9 @@ def dumps(value: Any) -> Dumped:
         Exception: whatever the value's own pickling raises, when cloudpickle fails as well.
     """
     if type(value) in PLAIN:
-        return pickle.dumps(value, 5), []
+        value = _beside(value)
+        if type(value) is not pickle.PickleBuffer:
+            return pickle.dumps(value, 5), []
     buffers: list[pickle.PickleBuffer] = []
     try:
         data = pickle.dumps(value, 5, buffer_callback=buffers.append)
@@ -49,6 +54,26 @@ def dumps(value: Any) -> Dumped:
 
     buffers.clear()
     return cloudpickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
+
+
+def _beside(value: Any) -> Any:
+    """A large `bytes` as what travels beside the pickle, from where it lies."""
+    if type(value) is bytes and len(value) >= LARGE_BYTES:
+        return pickle.PickleBuffer(value)
+    return value
+
+
+def _arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """What is pickled for these arguments."""
+    for each in args:
+        if type(each) is bytes and len(each) >= LARGE_BYTES:
+            args = tuple(map(_beside, args))
+            break
+    if kwargs:
+        kwargs = {name: _beside(each) for name, each in kwargs.items()}
+    return args, kwargs
 
 
 def _is_large(buffer: pickle.PickleBuffer) -> bool:
@@ -118,7 +143,7 @@ def dump_call(
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     try:
-        return dumps((function, (args, kwargs)))
+        return dumps((function, _arguments(args, kwargs)))
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
 
@@ -168,10 +193,7 @@ def dump_job(
         if known is _UNKNOWN:
             known = _reference(function)
         if known is not None:
-            try:
-                data, buffers = dumps((args, kwargs))
-            except Exception as error:
-                raise _culprit(function, args, kwargs, error) from error
+            data, buffers = dump_arguments(function, args, kwargs)
             # The one pickle's end and the other's beginning fall away.
             return b"".join((known[0], memoryview(data)[2:-1], _PAIR)), buffers, known[1]
     data, buffers = dump_call(function, args, kwargs)
@@ -187,7 +209,7 @@ def dump_arguments(
         SerializationError: as for `dump_call`.
     """
     try:
-        return dumps((args, kwargs))
+        return dumps(_arguments(args, kwargs))
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
 

@@ -31,8 +31,9 @@ def room(size: int) -> Any:
     if size < IN_OWN_MAPPING:
         return bytearray(size)
     with _lock:
-        for index, mapping in enumerate(_kept):
-            # Known here by the list, this loop and the question itself.
+        for index in range(len(_kept)):
+            mapping = _kept[index]
+            # Known here by the list, this name and the question itself.
             if size <= len(mapping) < 2 * size and sys.getrefcount(mapping) == 3:
                 _kept.append(_kept.pop(index))
                 return memoryview(mapping)[:size]

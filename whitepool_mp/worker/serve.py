@@ -31,7 +31,7 @@ from whitepool_mp.wire import descriptors, frames, messages, pages, payload, roo
 from whitepool_mp.wire.messages import (
     CALL,
     HEAD,
-    PLAIN,
+    NUMBERS,
     RESULT,
     SPLIT,
     WITH_RESOURCE,
@@ -51,6 +51,7 @@ from whitepool_mp.wire.pages import (
 )
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
+_SHORT_TEXT = 1000
 _clock = time.perf_counter_ns
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 _MOST_READY = 16
@@ -291,7 +292,8 @@ class Server:
             self._fail(channel, number, messages.RAISED, error, started)
             return
         took = _clock() - started
-        if type(value) in PLAIN:
+        kind = type(value)
+        if kind in NUMBERS or (kind is str and len(value) < _SHORT_TEXT):
             data = dumps(value, 5)
             head = HEAD.pack(RESULT, 0, 0, number, took, len(data))
             self._answer(channel, head + data, took)
