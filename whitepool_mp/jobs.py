@@ -5,9 +5,9 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.tasks import Task
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from whitepool_mp.client.member import Member
 
 CHUNK_SECONDS = 0.005
-"""How long a chunk of a map should run: enough to pay for its message, short enough to share."""
+"""How long a chunk of a map should run: enough to pay for its message, short enough to share; and
+how long its input may take."""
 LARGEST_CHUNK = 1024
-LARGEST_BULK = 8192
-"""The same for plain values, which cost little to send."""
+BULK_SECONDS = 0.05
+"""The same for plain values of a sequence: they are there already, and cost little to send, and to
+send again to another worker."""
+LARGEST_BULK = 32768
 AHEAD = 8
 """How many windows of input may have been read beyond the results handed out; a slow call, or a
 slow taker of results, holds the others up only then."""
@@ -38,7 +41,8 @@ class MapJob:
     The input is read by whoever iterates, in their thread: at most a window ahead of the workers,
     and a few windows ahead of the results handed out. A chunk grows or shrinks so that it runs for
     about `CHUNK_SECONDS`, and is sent as it is when its input takes longer; each of its calls is
-    answered, fails and dies on its own. Plain values of a list, a tuple or a range go in bulk.
+    answered, fails and dies on its own. Plain values of a list, a tuple or a range go in bulk, for
+    about `BULK_SECONDS` at a time.
 
     Args:
         member: the pool.
@@ -68,9 +72,9 @@ class MapJob:
         self.total = total
         self._function = payload.dump_function(fn)
         self._inputs: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        self._column: Iterator[Any] | None = None
+        self._column: Sequence[Any] | None = None
         if len(iterables) == 1 and type(iterables[0]) in (list, tuple, range) and timeout is None:
-            self._column = iter(iterables[0])
+            self._column = cast("Sequence[Any]", iterables[0])
         self._flags = flags
         self._timeout = timeout
         self._chunksize = chunksize
@@ -92,8 +96,10 @@ class MapJob:
             return self._chunksize
         if self.ended == 0:
             return 1
-        largest = LARGEST_CHUNK if self._column is None else LARGEST_BULK
-        size = int(CHUNK_SECONDS / self._mean) if self._mean > 0 else largest
+        largest, seconds = LARGEST_BULK, BULK_SECONDS
+        if self._column is None:
+            largest, seconds = LARGEST_CHUNK, CHUNK_SECONDS
+        size = int(seconds / self._mean) if self._mean > 0 else largest
         if self.total is not None:
             # Towards the end in smaller ones, so that the workers finish together.
             size = min(size, (self.total - self.read) // (2 * self.member.capacity))
@@ -120,23 +126,26 @@ class MapJob:
             if self._results and time.monotonic() - began >= CHUNK_SECONDS:
                 return
 
-    def _send_bulk(self, column: Iterator[Any], size: int) -> bool:
+    def _send_bulk(self, column: Sequence[Any], size: int) -> bool:
         """Send plain values; False if they are not plain, and then none will be sent in bulk."""
-        values = list(islice(column, size))
-        types = set(map(type, values))
-        if types <= messages.PLAIN and not (
-            types & _SIZED
-            and sum(len(value) for value in values if type(value) in _SIZED) > ITEM_INLINE
-        ):
-            self.exhausted = len(values) < size
-            first = self.read
-            self.read += len(values)
-            if values:  # they are the task's from here on
-                self._send(self._task(values, first, messages.BULK))
-            return True
-        self._column = None
-        self._inputs = zip(chain(values, column))
-        return False
+        first = self.read
+        values = column[first : first + size]
+        if type(column) is not range:
+            types = set(map(type, values))
+            weight = 0
+            if types & _SIZED:
+                weight = sum(len(value) for value in values if type(value) in _SIZED)
+            if weight > ITEM_INLINE:
+                values = values[: len(values) * ITEM_INLINE // weight]
+            if not (types <= messages.PLAIN and values) and first < len(column):
+                self._column = None
+                self._inputs = zip(islice(column, first, None), strict=False)
+                return False
+        self.read += len(values)
+        self.exhausted = self.read >= len(column)
+        if values:  # they are the task's from here on
+            self._send(self._task(values, first, messages.BULK))
+        return True
 
     def _send_chunk(self, size: int) -> None:
         if self._column is not None and self._send_bulk(self._column, size):
@@ -189,7 +198,7 @@ class MapJob:
         if items:
             self._send(self._task(items, first))
 
-    def _task(self, items: list[Any], first: int, kind: int = messages.CALL) -> Task:
+    def _task(self, items: Sequence[Any], first: int, kind: int = messages.CALL) -> Task:
         return Task(
             self.name,
             self,

@@ -526,60 +526,150 @@ def test_every_channel_has_a_place_on_the_page() -> None:
 # --- results of a bulk ------------------------------------------------------------------------
 
 
-def values(found: tuple[int, int, bytes] | None) -> tuple[int, list[Any]] | None:
+@pytest.fixture
+def begin(worker: Worker) -> Iterator[Callable[[int], Bulk]]:
+    """A bulk whose first call has this number."""
+    begun: list[Bulk] = []
+
+    def begin(first: int) -> Bulk:
+        begun.append(Bulk(worker.page, LEASE, first))
+        return begun[-1]
+
+    yield begin
+    for bulk in begun:
+        bulk.forbid()  # its views of the page
+
+
+def values(found: tuple[int, int, int, bytes] | None) -> tuple[int, list[Any]] | None:
     """The first one's number, and the results."""
     if found is None:
         return None
-    first, count, pickles = found
-    (message,) = messages.read_all(messages.pack_results(first, 0, count, pickles))
+    first, count, kind, data = found
+    (message,) = messages.read_all(messages.pack_results(first, 0, count, kind, data))
     loaded = messages.load_results(message.payload)
-    assert len(loaded) == count
+    assert len(loaded) == count == messages.count_results(message.payload)
     return first, loaded
 
 
 def run(bulk: Bulk, function: Callable[[Any], Any], arguments: list[Any]) -> int:
-    done, _ = bulk.run(function, arguments, lambda: False)
+    """Run them as the server does, one after the other; how many results were kept."""
+    done, _ = bulk.run(function, arguments)
+    if done < len(arguments) and not done and bulk.turn():
+        return 1 + run(bulk, function, arguments[1:])
     return done
 
 
-def test_results_lie_there_until_they_are_sent(worker: Worker, holder: Page) -> None:
+KINDS = [[1, -2, 3], [1.5, -0.0, 3.25], ["one", b"2", None]]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["integers", "floats", "others"])
+def test_results_lie_there_until_they_are_sent(
+    begin: Callable[[int], Bulk], holder: Page, kind: list[Any]
+) -> None:
     assert holder.results(LEASE) is None
-    bulk = Bulk(worker.page, LEASE, 5)
+    bulk = begin(5)
     assert holder.results(LEASE) is None
-    assert run(bulk, str, [1, 2]) == 2
-    assert values(holder.results(LEASE)) == (5, ["1", "2"])
-    assert run(bulk, abs, [-3]) == 1
-    assert values(holder.results(LEASE)) == (5, ["1", "2", 3])
+    assert run(bulk, lambda value: value, kind[:2]) == 2
+    assert values(holder.results(LEASE)) == (5, kind[:2])
+    assert run(bulk, lambda value: value, kind[2:]) == 1
+    assert repr(values(holder.results(LEASE))) == repr((5, kind))
     assert holder.results(LEASE + 1) is None
+    message = bulk.message()
+    assert message is not None
+    (read,) = messages.read_all(message)
+    assert messages.load_results(read.payload) == kind
     bulk.sent(8)
     assert holder.results(LEASE) is None
-    assert run(bulk, abs, [-4]) == 1
-    assert values(holder.results(LEASE)) == (8, [4])
+    assert bulk.message() is None
+    assert run(bulk, lambda value: value, kind[:1]) == 1
+    assert values(holder.results(LEASE)) == (8, kind[:1])
 
 
-def test_results_before_the_call_that_fails_lie_there(worker: Worker, holder: Page) -> None:
-    bulk = Bulk(worker.page, LEASE, 1)
-    done, problem = bulk.run(lambda n: 1 // n, [1, 1, 0, 1], lambda: False)
+@pytest.mark.parametrize(
+    ("before", "odd"),
+    [
+        (1, 1.0),
+        (1, True),
+        (1, 2**63),
+        (1, "x"),
+        (1.0, 1),
+        (1.0, None),
+        ("x", [1]),
+        ("x", "y" * 300),
+    ],
+)
+def test_a_result_of_another_kind_ends_a_run_and_keeps_its_type(
+    begin: Callable[[int], Bulk], holder: Page, before: Any, odd: Any
+) -> None:
+    bulk = begin(1)
+    assert run(bulk, lambda value: value, [before]) == 1
+    assert bulk.run(lambda value: value, [before, odd, before]) == (1, None)
+    assert values(holder.results(LEASE)) == (1, [before, before])
+    bulk.sent(3)
+    if bulk.turn():
+        found = values(holder.results(LEASE))
+        assert found == (3, [odd]) and type(found[1][0]) is type(odd)
+        assert bulk.odd is None
+    else:
+        assert holder.results(LEASE) is None
+        assert bulk.odd is odd
+
+
+def test_results_that_keep_changing_their_kind_are_all_pickled(
+    begin: Callable[[int], Bulk], holder: Page
+) -> None:
+    bulk = begin(1)
+    expected: list[Any] = []
+    for number in range(20):
+        value = float(number) if number % 2 else number
+        if not bulk.run(lambda value: value, [value])[0]:
+            bulk.sent(number + 1)
+            expected.clear()
+            assert bulk.turn()
+        expected.append(value)
+    assert len(expected) > 10
+    found = values(holder.results(LEASE))
+    assert found is not None and repr(found[1]) == repr(expected)
+
+
+def test_results_before_the_call_that_fails_lie_there(
+    begin: Callable[[int], Bulk], holder: Page
+) -> None:
+    bulk = begin(1)
+    done, problem = bulk.run(lambda n: 1 // n, [1, 1, 0, 1])
     assert done == 2 and isinstance(problem, ZeroDivisionError)
     assert values(holder.results(LEASE)) == (1, [1, 1])
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_a_copy_of_the_process_keeps_nothing(begin: Callable[[int], Bulk], holder: Page) -> None:
+    bulk = begin(1)
+
+    def forks(number: int) -> int:
+        if number == 2:
+            bulk.forbid()
+        return number
+
+    assert bulk.run(forks, [1, 2, 3]) == (1, None)
+    assert values(holder.results(LEASE)) == (1, [1])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["integers", "floats", "others"])
+@pytest.mark.parametrize("stop", range(7))
 def test_results_that_replace_others_while_one_reads_are_not_mixed_with_them(
-    worker: Worker, holder: Page, stop: int
+    worker: Worker, begin: Callable[[int], Bulk], holder: Page, stop: int, kind: list[Any]
 ) -> None:
     """However far the worker has come with sending (`stop` words written) when somebody reads."""
-    bulk = Bulk(worker.page, LEASE, 1)
-    run(bulk, str, ["one", "two"])
+    bulk = begin(1)
+    run(bulk, lambda value: value, kind[:2])
     seen: list[Any] = []
     with in_the_middle(worker.page, stop) as other:
 
         def body() -> None:
             bulk.sent(3)
-            run(bulk, str, ["t", "f"])
+            run(bulk, lambda value: value, kind[2:])
 
         other(body, holder, lambda: seen.append(values(holder.results(LEASE))))
-    assert seen[0] in (None, (1, ["one", "two"]), (3, ["t", "f"]))
+    assert seen[0] in (None, (1, kind[:2]), (3, kind[2:]))
 
 
 # --- two processes ----------------------------------------------------------------------------

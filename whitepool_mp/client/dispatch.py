@@ -39,8 +39,11 @@ AHEAD_SECONDS = 0.05
 """No job is sent ahead to a worker that has work for as long as this."""
 MOST_TASKS = 512
 """How many tasks may be in flight to one worker."""
-PATIENCE_SECONDS = 0.002
-"""How long a call may at least take before those behind it are taken back."""
+PATIENCE_SECONDS = 0.006
+"""How long a call may at least take before those behind it are taken back; longer than a worker
+holds answers back."""
+WORTH_SECONDS = 0.002
+"""How much queued work it takes to ask for another worker."""
 LAST_NUMBER = 0xF0_0000
 """A channel whose calls have been numbered up to this begins anew under another lease."""
 _MOST_NAMES = 4096
@@ -250,7 +253,7 @@ class Dispatcher:
         known = self._seconds.get(pending[0].known_as)
         if known is not None and useful > 1:
             # Not for what is done before another worker is there.
-            useful = 1 + int(useful * pending[0].count * known / PATIENCE_SECONDS)
+            useful = 1 + int(useful * pending[0].count * known / WORTH_SECONDS)
         # One ticket at least while jobs wait: by it the pool knows of them, also when it drains.
         room = max(self._engine.capacity() - held, 1)
         for _ in range(min(useful, len(pending), room) - len(self._tickets)):
@@ -440,7 +443,7 @@ class Dispatcher:
             if not lease.tasks or (len(lease.tasks) == 1 and lease.tasks[0].left == 1):
                 del self._stacked[lease]
         victim = max(self._stacked, key=lambda lease: lease.load, default=None)
-        if victim is None or victim.load < PATIENCE_SECONDS / 4:
+        if victim is None or victim.load < WORTH_SECONDS / 4:
             return
         self._take_back(victim)
         self._feed_free()

@@ -516,9 +516,9 @@ class Engine:
         if lease is not None and channel.sock.fileno() >= 0:
             found = channel.page.results(lease.id)
             if found is not None:
-                first, count, pickles = found
-                data = messages.pack_results(first, 0, count, pickles)
-                for message in messages.read_all(data):
+                first, count, kind, data = found
+                packed = messages.pack_results(first, 0, count, kind, data)
+                for message in messages.read_all(packed):
                     self.jobs.answered(channel, message)
 
     def _hung_up(self, channel: EngineChannel) -> None:

@@ -94,7 +94,7 @@ class Task:
         timeout: float | None,
         payload: bytes,
         buffers: Sequence[pickle.PickleBuffer] = (),
-        items: list[Any] | None = None,
+        items: Sequence[Any] | None = None,
         first: int = 0,
         kind: int = messages.CALL,
         site: str = "",
@@ -159,7 +159,7 @@ class Task:
             )
             rest.cancelled = self.cancelled
             rest.cost = self.cost
-            del self.items[at:]
+            self.items = self.items[:at]
             self.count = at
         rest.runner = None
         return rest

@@ -42,6 +42,11 @@ NUMBERS = frozenset((type(None), bool, int, float))
 PLAIN = NUMBERS | {str, bytes}
 """Types whose pickles run no code, and mean the same when they are put one behind the other."""
 
+# Kinds of results of a BULK.
+PICKLES = 1
+INTEGERS = 2
+FLOATS = 3
+
 # Flags of a request.
 SPLIT = 1
 """The payload is a function's pickle and, apart, its arguments' pickle."""
@@ -66,6 +71,7 @@ _HEAD_SIZE = HEAD.size
 _unpack_head = HEAD.unpack_from
 
 _SIZE = struct.Struct("<I")
+_RESULTS = struct.Struct("<II")
 _BUFFER = 64 * 1024
 _LARGEST = 1 << 46
 _AS_BYTES = 1 << 63
@@ -164,17 +170,19 @@ def read_batch(payload: memoryview) -> tuple[bytes, list[bytes]]:
     return function, items
 
 
-def pack_results(first: int, took: int, count: int, pickles: bytes | memoryview) -> bytes:
+def pack_results(first: int, took: int, count: int, kind: int, data: bytes | memoryview) -> bytes:
     """A RESULTS message.
 
     Args:
         first: the number of the first of these calls.
         took: nanoseconds for all of them.
         count: how many there are.
-        pickles: of their plain results one behind the other, each without its last byte.
+        kind: of what kind their results are.
+        data: these one behind the other: numbers of eight bytes, or pickles, each without its last
+            byte.
     """
-    head = HEAD.pack(RESULTS, 0, 0, first, took, _SIZE.size + len(pickles))
-    return b"".join((head, _SIZE.pack(count), pickles))
+    head = HEAD.pack(RESULTS, 0, 0, first, took, _RESULTS.size + len(data))
+    return b"".join((head, _RESULTS.pack(count, kind), data))
 
 
 def count_results(payload: memoryview) -> int:
@@ -183,8 +191,12 @@ def count_results(payload: memoryview) -> int:
 
 
 def load_results(payload: bytes | memoryview) -> list[Any]:
-    """The values of a RESULTS message, unpickled together: as the items of one list."""
-    return list(pickle.loads(b"".join((b"(", payload[_SIZE.size :], b"l."))))
+    """The values of a RESULTS message."""
+    _, kind = _RESULTS.unpack_from(payload)
+    data = memoryview(payload)[_RESULTS.size :]
+    if kind == PICKLES:  # together: as the items of one list
+        return list(pickle.loads(b"".join((b"(", data, b"l."))))
+    return data.cast("q" if kind == INTEGERS else "d").tolist()
 
 
 def read_all(data: bytes) -> list[Message]:

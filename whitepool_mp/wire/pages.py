@@ -18,6 +18,7 @@ from __future__ import annotations
 import mmap
 
 from whitepool_mp.wire import barrier
+from whitepool_mp.wire.messages import PICKLES
 
 NUMBERS = mmap.PAGESIZE
 OUTBOX = 1 << 16
@@ -42,9 +43,13 @@ SENDINGS = 6
 FIRST = 7
 """If results of a BULK lie here: the number of the first call."""
 RESULTS = 8
-"""How many of them lie here, above their bytes in the lower half."""
+"""If they are pickled: how many of them lie here, above their bytes in the lower half."""
 OWNER = 9
 """The lease whose calls these are the answers of."""
+KIND = 10
+"""What kind of results of a BULK lie here (see `messages`); 0 if none do."""
+MARK = 11
+"""If they are numbers: what lies behind the last of them."""
 SLOTS = 248
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
@@ -160,21 +165,27 @@ class Page:
         self._order()
         return data if words[SENDINGS] == sendings and owner == lease else b""
 
-    def results(self, lease: int) -> tuple[int, int, bytes] | None:
-        """The results of a BULK under a lease that lie here: the first one's number, how many, and
-        their pickles."""
+    def results(self, lease: int) -> tuple[int, int, int, bytes] | None:
+        """The results of a BULK under a lease that lie here: the first one's number, how many, of
+        what kind, and their bytes."""
         words = self.words
         sendings = words[SENDINGS]
         self._order()
         first = words[FIRST]
-        committed = words[RESULTS]  # in this order: it is nothing while the other one changes
-        data = bytes(self.outbox[: committed & 0xFFFF_FFFF])
-        owner = words[OWNER]
+        kind = words[KIND]  # in this order: it is nothing while the other one changes
+        if kind == PICKLES:
+            count, end = divmod(words[RESULTS], 1 << 32)
+            data = bytes(self.outbox[:end])
+        else:
+            data = bytes(self.outbox)
+        mark, owner = words[MARK], words[OWNER]
         self._order()
-        count = committed >> 32
-        if not count or owner != lease or words[SENDINGS] != sendings:
+        if not kind or owner != lease or words[SENDINGS] != sendings:
             return None
-        return first, count, data
+        if kind != PICKLES:
+            count = memoryview(data).cast("Q").tolist().index(mark)
+            data = data[: 8 * count]
+        return (first, count, kind, data) if count else None
 
     def order_me(self) -> None:
         """In the worker: have the kernel order its reads and writes when others ask for it."""

@@ -1,23 +1,39 @@
-"""The results of many short calls of one function, on their way through shared memory."""
+"""The results of many short calls of one function, on their way through shared memory.
+
+Numbers lie there as they are, eight bytes each, behind each other. Behind the last one lies a mark,
+a number drawn at random, so that each result is safe, and counted, by the one write that puts it in
+the mark's place. Other plain results lie there pickled, and are counted by a write of their own.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from whitepool_mp.wire import messages
-from whitepool_mp.wire.messages import PLAIN
-from whitepool_mp.wire.pages import FIRST, OUTBOX, OWNER, RESULTS, SENDINGS, Page
+from whitepool_mp.wire.messages import FLOATS, INTEGERS, PICKLES, PLAIN
+from whitepool_mp.wire.pages import FIRST, KIND, MARK, OUTBOX, OWNER, RESULTS, SENDINGS, Page
 
-LARGEST_GROUP = 32
+LARGEST_GROUP = 128
 """How many calls are begun together at most; these cannot be taken back from each other."""
 _LONGEST = 256
 """Bytes of a plain result's pickle; a longer one is answered by itself."""
 _ENOUGH = OUTBOX - LARGEST_GROUP * _LONGEST
-_HELD_BACK = 500_000
+_HELD_BACK = 4_000_000
 """Nanoseconds for which results wait for more of them."""
+_MOST_TURNS = 3
+"""How often results of one bulk may turn from one kind into another until all are pickled."""
+_KINDS = {int: INTEGERS, float: FLOATS}
+
+
+@functools.cache
+def _marks() -> bytes:
+    """This process's mark, as often as a group may need it."""
+    return os.urandom(8) * (LARGEST_GROUP + 1)
 
 
 class Bulk:
@@ -30,69 +46,142 @@ class Bulk:
 
     Attributes:
         took: nanoseconds that the calls took whose results lie there.
-        odd: the result of the call after those, if it is not plain or too long.
+        odd: the result of the call after those, if it is of another kind than they.
     """
 
     def __init__(self, page: Page, lease: int, first: int) -> None:
         self._page = page
+        self._outbox = page.outbox[:]
+        self._integers = page.outbox.cast("q")
+        self._floats = page.outbox.cast("d")
         self._first = first
+        self._kind = INTEGERS
+        self._turns = 0
         self._count = 0
-        self._end = 0
+        self._end = 0  # of the bytes, if they are pickled
         self._since = time.perf_counter_ns()
         self.took = 0
         self.odd: Any = None
-        page.words[OWNER] = lease
-        page.words[FIRST] = first
+        self._page.words[OWNER] = lease
+        self._page.words[FIRST] = first
+        self._page.words[MARK] = int.from_bytes(_marks()[:8], "little")
 
     def run(
-        self, function: Callable[[Any], Any], values: Sequence[Any], forked: Callable[[], bool]
+        self, function: Callable[[Any], Any], values: Sequence[Any]
     ) -> tuple[int, BaseException | None]:
-        """Call a function with each of these, up to the first that has no plain result.
+        """Call a function with each of these, up to the first whose result is of another kind.
 
         Returns:
-            How many plain results there are, and what the call after those raised, if it did.
+            How many results were kept, and what the call after those raised, if it did.
         """
-        words, outbox, dumps = self._page.words, self._page.outbox, pickle.dumps
+        if self._kind == PICKLES:
+            return self._run_pickled(function, values)
+        exact: type = int
+        numbers: memoryview[Any] = self._integers
+        if self._kind == FLOATS:
+            exact, numbers = float, self._floats
         before = count = self._count
-        end = self._end
+        self._make_room(len(values))
         problem = None
         try:
             for value in values:
                 result = function(value)
-                if type(result) not in PLAIN or forked():
+                if type(result) is not exact:
                     self.odd = result
                     break
-                data = dumps(result, 5)
-                size = len(data)
-                if size > _LONGEST:
+                try:
+                    numbers[count] = result
+                except ValueError:  # too large for eight bytes; or this is a copy (`forbid`)
                     self.odd = result
                     break
-                outbox[end : end + size] = data
-                end += size - 1  # the next one takes the place of the byte that ends a pickle
                 count += 1
-                words[RESULTS] = count << 32 | end
         except BaseException as error:
             problem = error
-        self._count, self._end = count, end
+        self._count = count
         return count - before, problem
+
+    def _make_room(self, count: int) -> None:
+        """See that the mark lies behind whatever number is the last."""
+        begin = 8 * self._count
+        self._outbox[begin : begin + 8 * (count + 1)] = _marks()[: 8 * (count + 1)]
+        if self._page.words[KIND] != self._kind:
+            self._page.words[KIND] = self._kind
+
+    def _run_pickled(
+        self, function: Callable[[Any], Any], values: Sequence[Any]
+    ) -> tuple[int, BaseException | None]:
+        before = self._count
+        problem = None
+        try:
+            for value in values:
+                result = function(value)
+                if not self._keep_pickled(result):
+                    self.odd = result
+                    break
+        except BaseException as error:
+            problem = error
+        return self._count - before, problem
+
+    def _keep_pickled(self, result: Any) -> bool:
+        if type(result) not in PLAIN:
+            return False
+        data = pickle.dumps(result, 5)
+        if len(data) > _LONGEST:
+            return False
+        end = self._end + len(data)
+        try:
+            self._outbox[self._end : end] = data
+        except ValueError:  # this is a copy
+            return False
+        self._end = end - 1  # the next one takes the place of the byte that ends a pickle
+        self._count += 1
+        self._page.words[RESULTS] = self._count << 32 | self._end
+        return True
+
+    def turn(self) -> bool:
+        """Keep the odd result after all, now that nothing lies there: results of its kind follow.
+
+        Returns:
+            False if it has to be answered by itself.
+        """
+        result, self.odd = self.odd, None
+        self._turns += 1
+        self._kind = _KINDS.get(type(result), PICKLES) if self._turns < _MOST_TURNS else PICKLES
+        if self._kind == PICKLES:
+            self._page.words[KIND] = PICKLES
+            kept = self._keep_pickled(result)
+        else:
+            kept = self.run(lambda result: result, (result,))[0] == 1
+        if not kept:
+            self.odd = result
+        return kept
 
     @property
     def due(self) -> bool:
         """Whether it is time to send what lies there."""
-        return self._end > _ENOUGH or time.perf_counter_ns() - self._since > _HELD_BACK
+        used = self._end if self._kind == PICKLES else 8 * self._count
+        return used > _ENOUGH or time.perf_counter_ns() - self._since > _HELD_BACK
 
     def message(self) -> bytes | None:
         """A message with all results that lie there, if any do."""
         if not self._count:
             return None
-        pickles = self._page.outbox[: self._end]
-        return messages.pack_results(self._first, self.took, self._count, pickles)
+        end = self._end if self._kind == PICKLES else 8 * self._count
+        data = self._outbox[:end]
+        return messages.pack_results(self._first, self.took, self._count, self._kind, data)
 
     def sent(self, following: int) -> None:
         """The message was sent; the next result that is kept will be that of call `following`."""
         words = self._page.words
-        words[RESULTS] = 0
+        words[KIND] = words[RESULTS] = 0
         words[FIRST] = self._first = following
         words[SENDINGS] += 1  # last, and before anything is written over what was sent
+        if self._kind == PICKLES:
+            words[KIND] = PICKLES
         self._count = self._end = self.took = 0
         self._since = time.perf_counter_ns()
+
+    def forbid(self) -> None:
+        """In a copy of this process: nothing can be kept from now on."""
+        for view in (self._outbox, self._integers, self._floats):
+            view.release()

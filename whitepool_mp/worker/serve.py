@@ -56,14 +56,18 @@ _clock = time.perf_counter_ns
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 _MOST_READY = 16
 _GROUP = 16_000
-"""Nanoseconds. Calls of a bulk are begun together if they take no longer than this together."""
+"""Nanoseconds. Calls of a bulk are begun together if they take no longer than this together ..."""
+_TINY = 1000
+"""... and no longer than this each, but for ..."""
+_STARTING = 3000
+"""... what it takes to begin them."""
 _TAIL = 1024
 """Bytes of a large answer that are sent when the page says that its call has ended."""
 _WARM_SECONDS = 1.0
 """For how long an idle worker keeps memory for large arguments."""
-_SHORT = 100_000
+_SHORT = 1_500_000
 """Nanoseconds. The answer of a call that took this long is sent at once."""
-_HELD_BACK = 500_000
+_HELD_BACK = 2_000_000
 """Nanoseconds. For how long short calls go on before their answers are sent."""
 
 
@@ -107,6 +111,7 @@ class Server:
         self._fence = 0
         self._calls = 0
         self._kept: dict[int, Any] = {}
+        self._bulk_running: Bulk | None = None
         self._poll = select.epoll()
         self._poll.register(control.fileno(), select.EPOLLIN)
         self._retired = False
@@ -133,6 +138,8 @@ class Server:
     def close_inherited(self) -> None:
         """In a child that user code forked: close its copies, so that our end-of-file comes."""
         self._copied = True
+        if self._bulk_running is not None:
+            self._bulk_running.forbid()
         for channel in self._channels.values():
             channel.sock.close()
         self._control.close()
@@ -181,6 +188,7 @@ class Server:
             del self._channels[fd]
             channel.sock.close()
             self._more = False
+            self._bulk_running = None
             # Answers for it that lie here are nobody's.
             self._words[UNSENT] = self._words[RESULTS] = self._unsent = 0
             self._words[SENDINGS] += 1
@@ -442,7 +450,7 @@ class Server:
         function_pickle, rest = messages.read_split(data)
         values = loads(rest)
         self._send_unsent(channel)
-        bulk = Bulk(self._page, lease, number)
+        self._bulk_running = bulk = Bulk(self._page, lease, number)
         function: Callable[..., Any] | None = None
         at, count, group = 0, len(values), 1
         while at < count:
@@ -456,7 +464,7 @@ class Server:
                 self._refuse(channel, number + at, why)
                 if why == messages.SKIPPED and at < count - 1:
                     self._refuse(channel, number + count - 1, why)
-                return  # nothing behind it may begin either
+                break  # nothing behind it may begin either
             started = _clock()
             done, step, problem = 0, messages.LOADING, None
             try:
@@ -468,37 +476,44 @@ class Server:
                 problem = error
             else:
                 step = messages.RAISED
-                done, problem = bulk.run(function, values[at : at + claimed], self._is_copy)
+                done, problem = bulk.run(function, values[at : at + claimed])
+            if self._copied:
+                os._exit(1)  # its parent goes on
             took = _clock() - started
             bulk.took += took
             at += done
             if done < claimed:
                 self._calls -= claimed - done - 1
                 self._words[CALLS] = self._calls
-                self._flush(channel, bulk, number + at + 1)
-                if problem is not None:
-                    self._fail(channel, number + at, step, problem, started)
+                self._flush(channel, bulk, number + at)
+                if problem is not None or not bulk.turn():
+                    if problem is not None:
+                        self._fail(channel, number + at, step, problem, started)
+                    else:
+                        self._reply(channel, number + at, function, bulk.odd, took)
+                        bulk.odd = None
+                    self._send_unsent(channel)  # the next results lie where that one may lie
+                    bulk.sent(number + at + 1)
                 else:
-                    self._reply(channel, number + at, function, bulk.odd, took)
-                    bulk.odd = None
-                self._send_unsent(channel)  # the next results lie where that one may lie
+                    bulk.took = took
                 at += 1
-            elif at == count or bulk.due:
-                self._flush(channel, bulk, number + at, at == count)
-            group = min(group * 2, LARGEST_GROUP) if took < _GROUP // 2 else max(group // 2, 1)
+            elif at < count and bulk.due:
+                self._flush(channel, bulk, number + at)
+            if took > claimed * _TINY + _STARTING:
+                group = 1
+            elif took < _GROUP // 2:
+                group = min(group * 2, LARGEST_GROUP)
+        self._flush(channel, bulk, number + at, ended=True)
+        self._bulk_running = None
 
     def _flush(self, channel: Channel, bulk: Bulk, following: int, ended: bool = False) -> None:
-        """Send the results that lie in shared memory."""
+        """Send the results that lie in shared memory; with `ended` no call follows."""
         data = bulk.message()
         if data is not None and ended:
             self._transmit(channel, data)
         elif data is not None:
             channel.sock.sendall(data)
         bulk.sent(following)
-
-    def _is_copy(self) -> bool:
-        """Whether this is a child that user code forked and that came back here."""
-        return self._copied
 
     def _fail(
         self,
