@@ -353,6 +353,8 @@ class Engine:
         replies, self._replies = self._replies, {}
         for heard in replies.values():
             heard(b"")
+        for channel in list(self._channels.values()):
+            self.hear_all(channel)  # what workers answered before it ended
         held = [channel.lease for channel in self._channels.values() if channel.lease is not None]
         self.jobs.break_all(error, held)
 
