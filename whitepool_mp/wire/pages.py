@@ -57,14 +57,14 @@ _FIRST_SLOT = 16
 """Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
 second, were taken back, and the worker refuses them."""
 
-_NUMBER_BITS = 24
-_MASK = (1 << _NUMBER_BITS) - 1
+NUMBER_BITS = 24
+NUMBER_MASK = (1 << NUMBER_BITS) - 1
 _WORD = (1 << 64) - 1
 
 
 def token(lease: int, number: int) -> int:
     """What names a call: its lease and its number on the channel, in one word."""
-    return (lease << _NUMBER_BITS | number & _MASK) & _WORD
+    return (lease << NUMBER_BITS | number & NUMBER_MASK) & _WORD
 
 
 def slot(channels: int) -> int:
@@ -101,7 +101,7 @@ class Page:
     def began(self, lease: int, number: int) -> bool:
         """Whether the first call that was not answered has begun; also after the worker's death."""
         begun, call = self.words[BEGUN], token(lease, number)
-        return begun >= call and begun >> _NUMBER_BITS == call >> _NUMBER_BITS
+        return begun >= call and begun >> NUMBER_BITS == call >> NUMBER_BITS
 
     def busy(self) -> bool:
         """Whether a call is running."""

@@ -27,13 +27,14 @@ _HELD_BACK = 4_000_000
 """Nanoseconds for which results wait for more of them."""
 _MOST_TURNS = 3
 """How often results of one bulk may turn from one kind into another until all are pickled."""
+_MARKS = 16
 _KINDS = {int: INTEGERS, float: FLOATS}
 
 
 @functools.cache
 def _marks() -> bytes:
-    """This process's mark, as often as a group may need it."""
-    return os.urandom(8) * (LARGEST_GROUP + 1)
+    """This process's mark, as often as it is written at once."""
+    return os.urandom(8) * (2 * LARGEST_GROUP + _MARKS)
 
 
 class Bulk:
@@ -59,6 +60,7 @@ class Bulk:
         self._turns = 0
         self._count = 0
         self._end = 0  # of the bytes, if they are pickled
+        self._marked = 0  # how many places have been marked
         self._since = time.perf_counter_ns()
         self.took = 0
         self.odd: Any = None
@@ -81,7 +83,8 @@ class Bulk:
         if self._kind == FLOATS:
             exact, numbers = float, self._floats
         before = count = self._count
-        self._make_room(len(values))
+        if count + len(values) >= self._marked:
+            self._mark(len(values))
         problem = None
         try:
             for value in values:
@@ -100,12 +103,12 @@ class Bulk:
         self._count = count
         return count - before, problem
 
-    def _make_room(self, count: int) -> None:
-        """See that the mark lies behind whatever number is the last."""
-        begin = 8 * self._count
-        self._outbox[begin : begin + 8 * (count + 1)] = _marks()[: 8 * (count + 1)]
-        if self._page.words[KIND] != self._kind:
-            self._page.words[KIND] = self._kind
+    def _mark(self, count: int) -> None:
+        """See that the mark lies behind whatever number is the last of so many more."""
+        begin = self._count
+        end = self._marked = min(begin + 2 * count + _MARKS, OUTBOX // 8)
+        self._outbox[8 * begin : 8 * end] = _marks()[: 8 * (end - begin)]
+        self._page.words[KIND] = self._kind
 
     def _run_pickled(
         self, function: Callable[[Any], Any], values: Sequence[Any]
@@ -146,6 +149,7 @@ class Bulk:
         """
         result, self.odd = self.odd, None
         self._turns += 1
+        self._marked = 0
         self._kind = _KINDS.get(type(result), PICKLES) if self._turns < _MOST_TURNS else PICKLES
         if self._kind == PICKLES:
             self._page.words[KIND] = PICKLES
@@ -156,11 +160,10 @@ class Bulk:
             self.odd = result
         return kept
 
-    @property
-    def due(self) -> bool:
-        """Whether it is time to send what lies there."""
+    def due(self, now: int) -> bool:
+        """Whether it is time to send what lies there; `now` by the performance counter."""
         used = self._end if self._kind == PICKLES else 8 * self._count
-        return used > _ENOUGH or time.perf_counter_ns() - self._since > _HELD_BACK
+        return used > _ENOUGH or now - self._since > _HELD_BACK
 
     def message(self) -> bytes | None:
         """A message with all results that lie there, if any do."""
@@ -178,7 +181,7 @@ class Bulk:
         words[SENDINGS] += 1  # last, and before anything is written over what was sent
         if self._kind == PICKLES:
             words[KIND] = PICKLES
-        self._count = self._end = self.took = 0
+        self._count = self._end = self._marked = self.took = 0
         self._since = time.perf_counter_ns()
 
     def forbid(self) -> None:

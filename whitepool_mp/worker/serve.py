@@ -243,9 +243,8 @@ class Server:
             return messages.FENCED
         words, skip = self._words, channel.skip
         before = words[BEGUN]
-        calls = self._calls + count
-        token = pages.token(lease, last)
-        words[CALLS] = calls
+        token = lease << pages.NUMBER_BITS | last & pages.NUMBER_MASK
+        words[CALLS] = calls = self._calls + count
         words[BEGUN] = token
         if words[RECALLED] < lease:
             if not words[skip] < token <= words[skip + 1]:
@@ -479,7 +478,8 @@ class Server:
                 done, problem = bulk.run(function, values[at : at + claimed])
             if self._copied:
                 os._exit(1)  # its parent goes on
-            took = _clock() - started
+            now = _clock()
+            took = now - started
             bulk.took += took
             at += done
             if done < claimed:
@@ -497,7 +497,7 @@ class Server:
                 else:
                     bulk.took = took
                 at += 1
-            elif at < count and bulk.due:
+            elif at < count and bulk.due(now):
                 self._flush(channel, bulk, number + at)
             if took > claimed * _TINY + _STARTING:
                 group = 1
