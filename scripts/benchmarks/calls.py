@@ -114,7 +114,7 @@ def rates() -> list[Row]:
 
 
 def sleeps() -> list[Row]:
-    """Jobs that sleep: how well a map keeps two workers busy."""
+    """Jobs that take time: how well a map keeps two workers busy."""
     loop = "no pool: one worker's share in a loop"
     equal = [Goal("bound", 0.97), Goal("ahead", 0.97, loop)]
     share = "of the ideal"
@@ -133,8 +133,9 @@ def sleeps() -> list[Row]:
                 params={"seconds": milliseconds / 1e3, "count": count},
                 rounds=7,
                 quick=False,
-                note="Jobs are `time.sleep`, which itself takes a little longer than it is told: "
-                "the loop without a pool shows by how much.",
+                note="Jobs that take exactly as long as they are told: asleep, but for the last 0.4 "
+                "ms, in which they watch the clock. The loop without a pool shows what is left of "
+                "the ideal on this machine.",
             )
             for milliseconds, count in ((1, 600), (10, 80))
         ),
@@ -150,7 +151,7 @@ def sleeps() -> list[Row]:
             [Goal("ahead", 1, BEST_PEER)],
             params={"count": 500},
             rounds=7,
-            note="Sleeps drawn from a Pareto distribution (mean about 2 ms, at most 200 ms, fixed "
+            note="Such jobs, their lengths drawn from a Pareto distribution (mean about 2 ms, at most 200 ms, fixed "
             "seed), the same list for everybody in the order drawn, default chunks.",
         ),
     ]

@@ -23,6 +23,19 @@ def sleepy_pid(seconds: float) -> int:
     return os.getpid()
 
 
+_WATCHED = 0.0004
+
+
+def last(seconds: float) -> None:
+    """Take exactly so long: asleep for most of it, and then with an eye on the clock, since a sleep
+    takes about a tenth of a millisecond longer than it is told."""
+    end = time.perf_counter() + seconds
+    if seconds > _WATCHED:
+        time.sleep(seconds - _WATCHED)
+    while time.perf_counter() < end:
+        pass
+
+
 def load(module: str) -> None:
     """Import a module: what a worker with heavy imports does before its first job."""
     importlib.import_module(module)

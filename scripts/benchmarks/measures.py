@@ -68,12 +68,12 @@ def map_noops(pool: Adapter, count: int, parts: int | None = None) -> float:
 
 
 def map_sleeps(pool: Adapter, count: int, seconds: float) -> float:
-    """The share of the ideal: what the sleeps take on the workers, by what the map took."""
+    """The share of the ideal: what the jobs take on the workers, by what the map took."""
     return _efficiency(pool, [seconds] * count)
 
 
 def map_tail(pool: Adapter, count: int, seed: int = 13) -> float:
-    """The same for sleeps of very different length: the same list for everybody, as drawn."""
+    """The same for jobs of very different length: the same list for everybody, as drawn."""
     return _efficiency(pool, heavy_tail(count, seed))
 
 
@@ -85,7 +85,7 @@ def heavy_tail(count: int, seed: int) -> list[float]:
 
 def _efficiency(pool: Adapter, sleeps: list[float]) -> float:
     start = time.perf_counter()
-    results = pool.map(time.sleep, sleeps, None)
+    results = pool.map(jobs.last, sleeps, None)
     elapsed = time.perf_counter() - start
     if len(results) != len(sleeps):
         raise AssertionError(f"{len(results)} results of {len(sleeps)} items")
