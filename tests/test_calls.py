@@ -180,7 +180,7 @@ def test_an_exception_arrives_in_its_own_type_with_the_remote_traceback_as_cause
         cause = caught.value.__cause__
         assert isinstance(cause, RemoteTraceback)
         assert "in throw" in str(cause) and "deeds.py" in str(cause)
-        assert "serve.py" not in str(cause)
+        assert "worker/calls.py" not in str(cause)
         with pytest.raises(deeds.Plain) as caught:
             session.run(deeds.throw_with_field, timeout=T)
         assert caught.value.code == 42  # type: ignore[attr-defined]

@@ -133,8 +133,8 @@ def sleeps() -> list[Row]:
                 params={"seconds": milliseconds / 1e3, "count": count},
                 rounds=7,
                 quick=False,
-                note="Jobs that take exactly as long as they are told: asleep, but for the last 0.4 "
-                "ms, in which they watch the clock. The loop without a pool shows what is left of "
+                note="Jobs that take exactly as long as they are told: asleep, but for the last "
+                "0.4 ms, in which they watch the clock. The loop without a pool shows what is left of "
                 "the ideal on this machine.",
             )
             for milliseconds, count in ((1, 600), (10, 80))
@@ -151,8 +151,8 @@ def sleeps() -> list[Row]:
             [Goal("ahead", 1, BEST_PEER)],
             params={"count": 500},
             rounds=7,
-            note="Such jobs, their lengths drawn from a Pareto distribution (mean about 2 ms, at most 200 ms, fixed "
-            "seed), the same list for everybody in the order drawn, default chunks.",
+            note="Such jobs, their lengths drawn from a Pareto distribution (mean about 2 ms, at "
+            "most 200 ms, fixed seed), the same list for everybody in the order drawn, default chunks.",
         ),
     ]
 

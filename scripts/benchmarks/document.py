@@ -15,8 +15,8 @@ CAVEATS = """\
   10 s), mpire keeps its workers alive between calls, ProcessPoolExecutor is shown with two start
   methods. multiprocessing, billiard, pebble and mpire start workers as the standard library does
   by default (fork, before Python 3.14).
-- Jobs are importable functions (`os.getpid`, `abs`, one that takes a given time, one that gives back its
-  argument), so all of them pickle them by reference.
+- Jobs are importable functions (`os.getpid`, `abs`, one that takes a given time, one that gives
+  back its argument), so all of them pickle them by reference.
 - Where a row counts operations, each contestant does as many as take about the same time, up to a
   limit. One that is slow has fewer samples once it has used 20 s of a row, but at least three.
 - Ray and mpire are stopped (SIGSTOP) while others are measured, since they use the CPU when idle.

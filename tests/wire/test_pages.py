@@ -25,9 +25,10 @@ from whitepool_mp.wire.pages import (
     Page,
     token,
 )
-from whitepool_mp.worker import serve
+from whitepool_mp.worker import answers
+from whitepool_mp.worker.answers import Channel
 from whitepool_mp.worker.bulk import Bulk
-from whitepool_mp.worker.serve import Channel, Server
+from whitepool_mp.worker.serve import Server
 
 ROOT = Path(__file__).parents[2]
 LEASE = 7
@@ -60,7 +61,7 @@ class Worker:
     def __init__(self, page: Page) -> None:
         self.page = page
         self._ends = socket.socketpair()
-        self.server = Server(self._ends[0], page, None, False)
+        self.server = Server(self._ends[0], page, None)
         self.channel = Channel(self._ends[1], pages.slot_words(1))
         self.channel.reader.take(1)  # more calls have come: answers are kept
 
@@ -76,7 +77,7 @@ class Worker:
         self.server._fence = max(self.server._fence, lease)
 
     def end(self, number: int = 0) -> None:
-        self.server._answer(self.channel, answer(number), serve._SHORT)
+        self.server._answer(self.channel, answer(number), answers.SHORT)
 
     def put(self, data: bytes) -> None:
         """Keep an answer."""
@@ -104,7 +105,7 @@ def sheet() -> Iterator[Sheet]:
 
 @pytest.fixture
 def worker(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    monkeypatch.setattr(serve, "_HELD_BACK", 10**15)  # nanoseconds: answers are sent by `send`
+    monkeypatch.setattr(answers, "_HELD_BACK", 10**15)  # nanoseconds: answers are sent by `send`
     page = sheet.view()
     page.order_me()
     assert page.ordered
@@ -697,14 +698,15 @@ MOST = 1 << 20
 SERVE = """
     # Begins every call that was sent, as the server does, and logs what it began.
     import socket
-    from whitepool_mp.worker.serve import Channel, Server
+    from whitepool_mp.worker.answers import Channel
+    from whitepool_mp.worker.serve import Server
     page = pages.Page(int(sys.argv[1]))
     page.order_me()
     shared = mmap.mmap(int(sys.argv[2]), 0)
     words = memoryview(shared)[:4096].cast("Q")
     log = memoryview(shared)[4096:]
     one, other = socket.socketpair()
-    server = Server(one, page, None, False)
+    server = Server(one, page, None)
     channel = Channel(other, pages.slot_words(1))
     parent = os.getppid()
     number = 0

@@ -100,7 +100,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
         return 0
     teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
     control.sendall(frames.plain(frames.READY))
-    server = Server(control, page, resource, boot.factory is not None)
+    server = Server(control, page, resource)
     os.register_at_fork(after_in_child=server.close_inherited)
     if not server.run():
         return 0
