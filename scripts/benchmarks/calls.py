@@ -134,8 +134,8 @@ def sleeps() -> list[Row]:
                 rounds=7,
                 quick=False,
                 note="Jobs that take exactly as long as they are told: asleep, but for the last "
-                "0.4 ms, in which they watch the clock. The loop without a pool shows what is left of "
-                "the ideal on this machine.",
+                "0.4 ms, in which they watch the clock. The loop without a pool shows what is left "
+                "of the ideal on this machine.",
             )
             for milliseconds, count in ((1, 600), (10, 80))
         ),
@@ -152,7 +152,8 @@ def sleeps() -> list[Row]:
             params={"count": 500},
             rounds=7,
             note="Such jobs, their lengths drawn from a Pareto distribution (mean about 2 ms, at "
-            "most 200 ms, fixed seed), the same list for everybody in the order drawn, default chunks.",
+            "most 200 ms, fixed seed), the same list for everybody in the order drawn, "
+            "default chunks.",
         ),
     ]
 
