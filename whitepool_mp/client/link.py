@@ -198,13 +198,20 @@ class Link:
             TimedOut: it did not come in time.
             LinkBroken: the manager is gone.
         """
-        while True:
-            body = self._receive(deadline)
-            if frames.read_request(body) == number:
-                return body
-            if body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
-                for fd in take_pair(self._fds):
-                    os.close(fd)
+        try:
+            while True:
+                body = self._receive(deadline)
+                if frames.read_request(body) == number:
+                    return body
+                if body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
+                    for fd in take_pair(self._fds):
+                        os.close(fd)
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt: descriptors that were not taken would be taken for those of another.
+            self.broken = True
+            raise
 
     def open(self, lease: int, deadline: float | None) -> tuple[int, int, int] | None:
         """Ask for a channel to a leased worker.
@@ -219,11 +226,18 @@ class Link:
         number = self.next_number()
         self._expect_fds = True  # and from now on: this may be interrupted before they come
         self.send(frames.request_lease(frames.OPEN, number, lease))
-        body = self.wait(number, deadline)
-        slot, lost = frames.read_channel(body)
-        if lost:
-            raise ChannelBroken
-        return (*take_pair(self._fds), slot) if slot else None
+        try:
+            body = self.wait(number, deadline)
+            slot, lost = frames.read_channel(body)
+            if lost:
+                raise ChannelBroken
+            return (*take_pair(self._fds), slot) if slot else None
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt: descriptors that were not taken would be taken for those of another.
+            self.broken = True
+            raise
 
     def why(self, lease: int, deadline: float | None) -> Any:
         """Ask how the worker of a lease ended, its channel being broken; None if nobody knows."""
