@@ -27,7 +27,7 @@ import pytest
 from support import pipe_writer, until, whole
 
 from whitepool_mp import AsyncSession, CallTimeout, Pool, Session, WhitepoolError, WorkerDied
-from whitepool_mp.client import dispatch
+from whitepool_mp.client import dispatch, flights
 from whitepool_mp.wire.pages import UNSENT, Page
 
 SOON = 20.0
@@ -57,7 +57,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was sent to a worker stays there, whatever its first call does."""
-    monkeypatch.setattr(dispatch, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(flights, "PATIENCE_SECONDS", 60.0)
 
 
 def warm(session: Session) -> None:

@@ -8,6 +8,9 @@ An engine owns a control connection, a channel to each worker it met, and an epo
 never blocks: whoever drives it waits until `fileno()` is readable or `next_deadline()` is due, and
 calls `pump()`: a thread of its own (`threaded`), or an event loop (`looped`).
 
+Here are the connection, the timers and the turns of the pump. The arrow to the manager is
+`requests`, the one to the workers `channels`, and what is to go along them says `dispatch`.
+
 Guarantees: jobs queue here and ask for workers first come, first served among all who ask the
 manager; a worker's death fails the call that it had begun, and what it had not begun is sent to
 another worker; a cancelled or late call has its worker killed.
@@ -28,20 +31,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
-from whitepool_mp.client.link import Handshake, dial, take_pair
+from whitepool_mp.client.link import Handshake, dial
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
-from whitepool_mp.wire import descriptors, frames, messages
-
-Done = Callable[[Any], None]
-"""Called once with the result, or with an exception object."""
-
-
-TicketHeard = Callable[[int, "frames.Grant | None", "frames.Refused | None"], None]
-"""Called once with a ticket and its grant or refusal; with neither if the manager is gone."""
+from whitepool_mp.wire import descriptors, frames
 
 _LOOK = -1
 """In the place of a call's number: not its timeout is due but a look at its lease."""
@@ -49,7 +46,7 @@ _LOOK = -1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine:
+class Engine(Channels):
     """See the module's text. Everything but `post` and `put` is for the driver's thread alone.
 
     Args:
@@ -59,31 +56,23 @@ class Engine:
 
     def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
         self._member = member
-        self._sock = dial(path)
+        self._sock = dial(path)  # before the epoll: if it fails nothing has been opened
         self._sock.setblocking(False)
+        super().__init__()
         self._handshake: Handshake | None = Handshake(key, token)
         self._decoder = frames.FrameDecoder()
-        self._fds: deque[int] = deque()
-        self._outbox = bytearray()
         self._writing = False
-        self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.RLock()  # a collected lease posts from anywhere
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._epoll.register(self._sock.fileno(), select.EPOLLIN)
         self._epoll.register(self._wake, select.EPOLLIN)
-        self._numbers = itertools.count(1)
-        self._replies: dict[int, Callable[[bytes], None]] = {}
         self.jobs = Dispatcher(self)
         self._inbox: deque[Task] = deque()
         self._asleep = False
         self._closed = False
-        self._opening: set[EngineLease] = set()
-        self._channels: dict[int, EngineChannel] = {}
-        self._by_fd: dict[int, EngineChannel] = {}
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
         self._order = itertools.count()
-        self.broken: WhitepoolError | None = None
         # An event loop may end and leave its engine behind.
         self._collected = weakref.finalize(
             self,
@@ -171,6 +160,34 @@ class Engine:
                 self.jobs.late(lease)
         self.flush()
 
+    def flush(self) -> None:
+        """Send whatever can be sent of what was asked for."""
+        self._take_in()
+        self.jobs.dispatch()
+        if not self._outbox or self._handshake is not None or self.broken is not None:
+            return
+        try:
+            sent = self._sock.send(self._outbox)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # reading finds out
+        del self._outbox[:sent]
+        if bool(self._outbox) is not self._writing:
+            self._writing = bool(self._outbox)
+            events = select.EPOLLIN | (select.EPOLLOUT if self._writing else 0)
+            self._epoll.modify(self._sock.fileno(), events)
+
+    def _take_in(self) -> None:
+        inbox = self._inbox
+        while inbox:
+            self.jobs.submit(inbox.popleft())
+
+    def _run_posted(self) -> None:
+        while self._posted:
+            function, args = self._posted.popleft()
+            function(*args)
+
     @property
     def idle(self) -> bool:
         """Whether no job is queued or running."""
@@ -198,110 +215,6 @@ class Engine:
                 _close(self._sock, self._channels, self._epoll, self._wake)
             self._wake = -1
         self._by_fd.clear()
-
-    # --- requests to the manager ----------------------------------------------------------
-
-    def request(self, kind: int, done: Done) -> None:
-        """A request without fields; `done` gets its JSON answer."""
-        number = next(self._numbers)
-        self._ask(
-            number, frames.request(kind, number), lambda body: done(frames.read_reply(body)), done
-        )
-
-    def resize(self, pool_size: int, max_overflow: int, done: Done) -> None:
-        """Ask for other sizes."""
-        number = next(self._numbers)
-        data = frames.resize(number, pool_size, max_overflow)
-        self._ask(number, data, lambda body: done(frames.read_reply(body)), done)
-
-    def checkout(self, block: bool, deadline: float | None, site: str, done: Done) -> int:
-        """Ask for a worker; `done` gets an `EngineLease`, a `Refused` or an exception.
-
-        Returns:
-            The ticket, for `cancel_checkout`.
-        """
-        number = next(self._numbers)
-
-        def answer(body: bytes) -> None:
-            if body[0] == frames.GRANT:
-                grant = frames.read_grant(body)
-                self.jobs.superseded(grant.worker)
-                done(EngineLease(grant, manual=True))
-            else:
-                done(frames.read_refused(body))
-
-        self._ask(number, frames.checkout(number, block, deadline, site), answer, done)
-        return number
-
-    def cancel_checkout(self, ticket: int, done: Done | None) -> None:
-        """Give a checkout up: `done` gets the `Refused` for it; a grant under way is void."""
-
-        def answer(body: bytes) -> None:
-            if not body:
-                if done is not None:
-                    done(self.broken)
-            elif body[0] == frames.GRANT:
-                self._replies[ticket] = answer  # it crossed the cancel; the refusal follows
-            elif done is not None:
-                done(frames.read_refused(body))
-
-        if self.broken is None:
-            self._replies[ticket] = answer
-            self._say(frames.request(frames.CANCEL, ticket))
-
-    def checkin(self, lease: EngineLease) -> None:
-        """Give a worker back."""
-        if lease.ended is None:
-            lease.ended = "checked in"
-            if lease.channel is not None:
-                lease.channel.lease = None
-            self._say(frames.checkin(lease.id))
-
-    def _ask(self, number: int, data: bytes, answer: Callable[[bytes], None], done: Done) -> None:
-        if self.broken is not None:
-            done(self.broken)
-            return
-
-        def heard(body: bytes) -> None:
-            if not body:
-                assert self.broken is not None
-                done(self.broken)
-            else:
-                answer(body)
-
-        self._replies[number] = heard
-        self._say(data)
-
-    def _say(self, data: bytes) -> None:
-        self._outbox += data
-
-    def _take_in(self) -> None:
-        inbox = self._inbox
-        while inbox:
-            self.jobs.submit(inbox.popleft())
-
-    def flush(self) -> None:
-        """Send whatever can be sent of what was asked for."""
-        self._take_in()
-        self.jobs.dispatch()
-        if not self._outbox or self._handshake is not None or self.broken is not None:
-            return
-        try:
-            sent = self._sock.send(self._outbox)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return  # reading finds out
-        del self._outbox[:sent]
-        if bool(self._outbox) is not self._writing:
-            self._writing = bool(self._outbox)
-            events = select.EPOLLIN | (select.EPOLLOUT if self._writing else 0)
-            self._epoll.modify(self._sock.fileno(), events)
-
-    def _run_posted(self) -> None:
-        while self._posted:
-            function, args = self._posted.popleft()
-            function(*args)
 
     # --- from the manager -----------------------------------------------------------------
 
@@ -358,7 +271,7 @@ class Engine:
         held = [channel.lease for channel in self._channels.values() if channel.lease is not None]
         self.jobs.break_all(error, held)
 
-    # --- what the dispatcher needs ---------------------------------------------------------
+    # --- what the dispatcher needs besides ------------------------------------------------
 
     def member(self) -> Member | None:
         """The membership, if it is still there."""
@@ -368,81 +281,6 @@ class Engine:
         """How many workers the pool has at most."""
         member = self._member()
         return 1 if member is None else member.capacity
-
-    def ask_for_worker(self, site: str, heard: TicketHeard) -> int:
-        """Ask for a worker to run jobs on; the ticket."""
-        number = next(self._numbers)
-
-        def answer(body: bytes) -> None:
-            if not body:
-                heard(number, None, None)
-            elif body[0] == frames.GRANT:
-                heard(number, frames.read_grant(body), None)
-            else:
-                heard(number, None, frames.read_refused(body))
-
-        self._replies[number] = answer
-        self._say(frames.checkout(number, True, None, site, keep=True, spare_own=True))
-        return number
-
-    def ask_why(self, lease: EngineLease, told: Callable[[object], None]) -> None:
-        """Ask how the worker of a lease ended; `told` gets the obituary, None or an error."""
-        number = next(self._numbers)
-        data = frames.request_lease(frames.WHY, number, lease.id)
-        self._ask(number, data, lambda body: told(frames.read_reply(body)), told)
-
-    def say_destroyed(self, lease: EngineLease, reason: str) -> None:
-        """Have the manager kill and replace a leased worker."""
-        self._say(frames.destroy(lease.id, reason))
-
-    def channel(self, lease: EngineLease) -> EngineChannel | None:
-        """The channel to a leased worker, or None: it is asked for, and `opened` will hear."""
-        channel = self._channels.get(lease.worker)
-        if channel is None and lease not in self._opening:
-            self._opening.add(lease)
-            number = next(self._numbers)
-            self._replies[number] = lambda body: self._heard_channel(lease, body)
-            self._say(frames.request_lease(frames.OPEN, number, lease.id))
-        return channel
-
-    def _heard_channel(self, lease: EngineLease, body: bytes) -> None:
-        self._opening.discard(lease)
-        if not body:
-            assert self.broken is not None
-            self.jobs.break_all(self.broken, [lease])
-            return
-        slot, lost = frames.read_channel(body)
-        if not slot:
-            if lease.ended is None and (lost or lease.manual):
-                self.jobs.lost(lease)
-            elif lease.ended is None:
-                self.jobs.recalled(lease)  # before its first call
-            return
-        self._forget_dead()
-        try:
-            channel = EngineChannel(*take_pair(self._fds), slot)
-        except OSError as error:
-            self.jobs.give_up(lease, error)
-            return
-        self._channels[lease.worker] = channel
-        fd = channel.sock.fileno()
-        self._by_fd[fd] = channel
-        self._epoll.register(fd, select.EPOLLIN)
-        if lease.ended is None:
-            self.jobs.opened(lease, channel)
-        else:
-            self._close_channel(lease.worker)
-
-    def _forget_dead(self) -> None:
-        for worker, channel in list(self._channels.items()):
-            if channel.lease is None and channel.dead():
-                self._close_channel(worker)
-
-    def push(self, channel: EngineChannel) -> None:
-        """Write what is queued, now or when the worker reads."""
-        fd = channel.sock.fileno()
-        if fd >= 0 and not channel.push():
-            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
     def set_deadline(self, lease: EngineLease) -> None:
         """The first call in flight on a lease has begun, or is about to: watch its timeout."""
@@ -455,13 +293,15 @@ class Engine:
         """Have the dispatcher `look` at a lease then."""
         heapq.heappush(self._deadlines, (due, next(self._order), lease, _LOOK))
 
-    def start(self, task: Task, lease: EngineLease) -> None:
-        """Send a task to a worker that its caller has leased."""
-        self.jobs.start(task, lease)
+    # --- jobs and calls -------------------------------------------------------------------
 
     def submit(self, task: Task) -> None:
         """Queue a task for whichever worker becomes free; in the driver's thread."""
         self.jobs.submit(task)
+
+    def start(self, task: Task, lease: EngineLease) -> None:
+        """Send a task to a worker that its caller has leased."""
+        self.jobs.start(task, lease)
 
     def cancel(self, task: Task) -> None:
         """Nobody wants a task any more."""
@@ -470,83 +310,6 @@ class Engine:
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
         self.jobs.destroy(lease, reason)
-
-    # --- from the workers -----------------------------------------------------------------
-
-    def _hear_worker(self, channel: EngineChannel) -> bool:
-        """Read once; whether there may be more."""
-        reader = channel.reader
-        try:
-            count = channel.sock.recv_into(reader.room)
-        except BlockingIOError:
-            return False
-        except OSError:
-            count = 0
-        if not count:
-            self._hear_unsent(channel)
-            self._hung_up(channel)
-            return False
-        try:
-            message = reader.take(count)
-            while message is not None:
-                self.jobs.answered(channel, message)
-                message = reader.pop() if reader.more else None
-        except ProtocolError:  # something in the worker wrote to descriptors not its own
-            self._hung_up(channel)
-            return False
-        return True
-
-    def hear_all(self, channel: EngineChannel) -> None:
-        """Take in every answer that there is, those that have not been sent yet as well."""
-        while channel.sock.fileno() >= 0:
-            while channel.sock.fileno() >= 0 and self._hear_worker(channel):
-                pass
-            self._hear_unsent(channel)
-            # What was sent meanwhile was in neither place when this looked there; now it is here.
-            if channel.sock.fileno() < 0 or not self._hear_worker(channel):
-                return
-
-    def _hear_unsent(self, channel: EngineChannel) -> None:
-        """Take in answers that the worker is about to send, or could not send before it died.
-
-        If they come again through the channel, their numbers are not expected any more.
-        """
-        lease = channel.lease
-        if lease is not None and channel.sock.fileno() >= 0:
-            for message in messages.read_all(channel.page.unsent(lease.id)):
-                self.jobs.answered(channel, message)
-        if lease is not None and channel.sock.fileno() >= 0:
-            found = channel.page.results(lease.id)
-            if found is not None:
-                first, count, kind, data = found
-                packed = messages.pack_results(first, 0, count, kind, data)
-                for message in messages.read_all(packed):
-                    self.jobs.answered(channel, message)
-
-    def _hung_up(self, channel: EngineChannel) -> None:
-        """Nothing more can come through a channel."""
-        lease = channel.lease
-        if lease is not None and lease.ended is None:
-            self.jobs.lost(lease)
-        else:
-            self._close_channel(
-                next(worker for worker, known in self._channels.items() if known is channel)
-            )
-
-    def drop(self, lease: EngineLease) -> None:
-        """The worker of a lease is dead or given up: close the channel to it."""
-        channel, lease.channel = lease.channel, None
-        if channel is not None:
-            channel.lease = None
-            self._close_channel(lease.worker)
-
-    def _close_channel(self, worker: int) -> None:
-        channel = self._channels.pop(worker, None)
-        if channel is not None:
-            fd = channel.sock.fileno()
-            self._epoll.unregister(fd)
-            del self._by_fd[fd]
-            channel.close()
 
 
 def _give_back(outbox: bytearray, free: dict[EngineLease, None], sock: socket.socket) -> None:

@@ -1,0 +1,245 @@
+"""What is in flight: the moves of a dispatcher's tasks and of the leases they run under.
+
+    pending        lease.tasks --_send--> channel
+       ^      start--^   |
+       '-- taken back ---+--> _freed: kept for the next job, or checked in
+
+The lowest part of a dispatcher. `dispatch` says which task goes to which worker, `endings` what
+becomes of a call that ends; here every move leaves the records of tasks and leases consistent. What
+was sent ahead is not committed: the page that is shared with the worker says which calls it has
+begun, and the others are had back without asking it.
+
+Guarantees: what is taken back has not begun and never will under that lease; it comes next in the
+queue, in the order in which that worker was sent it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from whitepool_mp.client.durations import Durations
+from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
+from whitepool_mp.client.tasks import Task
+
+if TYPE_CHECKING:
+    from whitepool_mp.client.engine import Engine
+
+PATIENCE_SECONDS = 0.006
+"""How long a call may at least take before those behind it are taken back; longer than a worker
+holds answers back."""
+LAST_NUMBER = 0xF0_0000
+"""A channel whose calls have been numbered up to this begins anew under another lease."""
+
+
+class Flights:
+    """The state of a dispatcher, and its moves.
+
+    Args:
+        engine: what sends, and asks the manager.
+
+    Attributes:
+        free: the leases that are kept and have nothing to do.
+        running: how many tasks are in flight.
+        draining: whether the pool is shutting down: what was submitted is finished, no more.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pending: deque[Task] = deque()
+        self._leases: dict[int, EngineLease] = {}  # by worker
+        self.free: dict[EngineLease, None] = {}
+        self._roomy: dict[EngineLease, None] = {}  # busy, and might take more
+        self._unkept: dict[EngineLease, None] = {}  # those that may not be kept
+        self._long: dict[EngineLease, None] = {}  # with work for longer than a turn, perhaps
+        self._stacked: dict[EngineLease, None] = {}  # with calls behind the first one, perhaps
+        self._unpushed: dict[EngineChannel, None] = {}
+        self._unwanted = 0  # how many of the pending were cancelled
+        self._durations = Durations()
+        self.running = 0
+        self.draining = False
+
+    # --- into flight ----------------------------------------------------------------------
+
+    def start(self, task: Task, lease: EngineLease) -> None:
+        """Send a task to a leased worker."""
+        self.running += 1
+        task.runner = lease
+        lease.tasks.append(task)
+        lease.load += task.cost * task.count
+        channel = lease.channel
+        if channel is None:
+            channel = lease.channel = self._engine.channel(lease)
+        if channel is not None:
+            self._send(lease, channel, task)
+        elif len(lease.tasks) == 1:
+            self._engine.set_deadline(lease)  # until it is sent: the manager may be stuck
+
+    def _send(self, lease: EngineLease, channel: EngineChannel, task: Task) -> None:
+        channel.lease = lease
+        task.number = channel.number + 1
+        channel.number += task.count
+        if task.small and task.items is None:
+            channel.queue_call(task.kind, task.flags, lease.id, task.payload)
+        else:
+            channel.queue(task.pieces(task.number, lease.id))
+        self._unpushed[channel] = None
+        if len(lease.tasks) == 1:
+            self._begins(lease)
+        if len(lease.tasks) > 1 or task.count > 1:
+            self._stacked[lease] = None
+        if not lease.watched:
+            self._watch(lease)
+
+    def _begins(self, lease: EngineLease) -> None:
+        """Another call is the first one in flight."""
+        lease.since = time.monotonic()
+        if lease.tasks[0].timeout is not None:
+            self._engine.set_deadline(lease)
+
+    def opened(self, lease: EngineLease, channel: EngineChannel) -> None:
+        """The channel that a task waited for is there."""
+        lease.channel = channel
+        for task in lease.tasks:
+            self._send(lease, channel, task)
+        if lease.tasks:
+            self._begins(lease)
+
+    # --- nothing in flight ----------------------------------------------------------------
+
+    def _freed(self, lease: EngineLease) -> None:
+        """Nothing is in flight any more."""
+        lease.load = 0.0
+        lease.stuck = False
+        self._roomy.pop(lease, None)
+        self._stacked.pop(lease, None)
+        self._long.pop(lease, None)
+        channel = lease.channel
+        if channel is not None and channel.taken is not None:
+            return  # until the worker has passed what was taken back
+        if lease.manual:
+            return
+        worn = channel is not None and channel.number >= LAST_NUMBER
+        if lease.keep and not (worn or self.draining):
+            self.free[lease] = None
+        else:
+            self._check_in(lease)
+            if worn and channel is not None:
+                channel.number = 0
+
+    def _check_in(self, lease: EngineLease) -> None:
+        self._forget(lease)
+        self._engine.checkin(lease)
+
+    def _forget(self, lease: EngineLease) -> None:
+        if self._leases.get(lease.worker) is lease:
+            del self._leases[lease.worker]
+        self.free.pop(lease, None)
+        self._roomy.pop(lease, None)
+        self._stacked.pop(lease, None)
+        self._unkept.pop(lease, None)
+        self._long.pop(lease, None)
+
+    # --- taking back ----------------------------------------------------------------------
+
+    def _take_back(self, lease: EngineLease) -> None:
+        """Take back what is in flight behind the first call, as far as it has not begun.
+
+        What has begun by now has been answered, but for the last: `hear_all` finds the answers.
+        """
+        channel = lease.channel
+        if channel is None or not lease.tasks:
+            return
+        after = lease.tasks[0].next_number if channel.taken is None else channel.taken[0]
+        begun = channel.page.take_back(lease.id, after, channel.number)
+        if begun is None:
+            return
+        if begun < channel.number:
+            channel.taken = after, channel.number
+        while lease.tasks:
+            task = lease.tasks[-1]
+            rest = task.cut(max(task.at, begun + 1 - task.number))
+            if rest is not None:
+                lease.load -= rest.cost * rest.left
+                self._pending.appendleft(rest)
+            if task.left and rest is not task:
+                break
+            lease.tasks.pop()
+            self.running -= 1
+        lease.stuck = True
+        self._roomy.pop(lease, None)
+        self._stacked.pop(lease, None)
+        if not lease.tasks:
+            self._freed(lease)
+
+    def _skipped(self, lease: EngineLease) -> None:
+        """The first call in flight was about to begin when it was taken back."""
+        task = lease.tasks[0]
+        rest = task.rest()
+        assert rest is not None
+        self._pending.appendleft(rest)
+        lease.load -= rest.cost * rest.left
+        lease.tasks.popleft()
+        self.running -= 1
+        if lease.tasks:
+            self._begins(lease)
+        else:
+            self._freed(lease)
+
+    def _watch(self, lease: EngineLease) -> None:
+        if not lease.watched:
+            lease.watched = True
+            self._engine.set_look(lease, lease.since + self._patience(lease))
+
+    def _patience(self, lease: EngineLease) -> float:
+        return max(PATIENCE_SECONDS, 2 * lease.tasks[0].cost)
+
+    def look(self, lease: EngineLease) -> None:
+        """It is time to see whether the first call in flight holds others up."""
+        lease.watched = False
+        if lease.channel is not None:
+            self._engine.hear_all(lease.channel)  # it may be this process that is slow
+        if not lease.tasks:
+            return
+        if time.monotonic() < lease.since + self._patience(lease):
+            self._watch(lease)
+            return
+        self._long[lease] = None
+        if len(lease.tasks) > 1 or lease.tasks[0].left > 1:
+            self._take_back(lease)
+
+    # --- a whole lease --------------------------------------------------------------------
+
+    def recalled(self, lease: EngineLease) -> None:
+        """The pool took a lease back: nothing that is in flight under it has begun."""
+        lease.ended = "recalled"
+        self._forget(lease)
+        if lease.channel is not None:
+            lease.channel.lease = lease.channel.taken = None
+        self._requeue(self._withdraw(lease))
+
+    def superseded(self, worker: int) -> None:
+        """A worker was granted that was kept here: the pool had recalled it."""
+        lease = self._leases.get(worker)
+        if lease is not None:
+            channel = lease.channel
+            if channel is not None and lease.tasks:
+                self._engine.hear_all(channel)  # all that it began has been answered
+            if lease.ended is None:
+                self.recalled(lease)
+
+    def _withdraw(self, lease: EngineLease) -> list[Task]:
+        """Take everything off a lease."""
+        tasks = list(lease.tasks)
+        lease.tasks.clear()
+        lease.load = 0.0
+        self.running -= len(tasks)
+        return tasks
+
+    def _requeue(self, tasks: list[Task]) -> None:
+        """What is left of these comes next."""
+        for task in reversed(tasks):
+            rest = task.rest()
+            if rest is not None:
+                self._pending.appendleft(rest)
