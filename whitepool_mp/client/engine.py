@@ -263,11 +263,11 @@ class Engine(Channels):
         self.broken = error
         if self._sock.fileno() >= 0:
             self._epoll.unregister(self._sock.fileno())
+        for channel in list(self._channels.values()):
+            self.hear_all(channel)  # what workers answered before it ended
         replies, self._replies = self._replies, {}
         for heard in replies.values():
             heard(b"")
-        for channel in list(self._channels.values()):
-            self.hear_all(channel)  # what workers answered before it ended
         held = [channel.lease for channel in self._channels.values() if channel.lease is not None]
         self.jobs.break_all(error, held)
 

@@ -58,7 +58,7 @@ class Task:
         at: how many of them have ended.
         number: the first call's number on its channel.
         small: whether it may be sent while another one runs: the channel has room for it.
-        cost: how many seconds each call will take, by what is known; infinity if nothing is.
+        cost: how many seconds each call will take, by what is known.
         deaths: how many workers died before they began its next call.
         cancelled: whether nobody wants it any more.
         runner: the lease under which it was sent.
