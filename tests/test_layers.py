@@ -15,11 +15,12 @@ PUBLIC = {"aio", "aio_lease", "executor", "jobs", "lease", "pool", "proxy", "ses
 # What is not listed (backends, integrations, cli, testing, ...) stands above all of these.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "policy": set(),
+    "records": set(),
+    "policy": {"records"},
     "config": {"errors", "policy"},
-    "broker": {"broker", "policy"},
-    "wire": {"wire", "errors"},
-    "worker": {"worker", "wire", "errors"},
+    "broker": {"broker", "policy", "records"},
+    "wire": {"wire", "errors", "records"},
+    "worker": {"worker", "wire", "errors", "records"},
     "client": {"client", "wire", "config", "errors"},
     "manager": {
         "manager",
@@ -27,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "wire",
         "policy",
         "errors",
+        "records",
         # The manager starts these two: the processes that workers come from, and what the kernel
         # promises both.
         "worker.nursery",

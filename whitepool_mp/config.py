@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from whitepool_mp.policy import MAX_WORKERS, Policy, Strategy
+from whitepool_mp.policy import MAX_WORKERS, STRATEGIES, Policy, Strategy
 
 __all__ = [
     "MAX_WORKERS",
@@ -112,7 +112,7 @@ class PoolConfig:
         _check_total(self.pool_size, self.max_overflow)
         _check_callable("factory", self.factory)
         _check_name(self.name)
-        _check_choice("strategy", self.strategy, get_args(Strategy))
+        _check_choice("strategy", self.strategy, STRATEGIES)
         _check_choice("start_method", self.start_method, get_args(StartMethod))
         _check_callable("teardown", self.teardown)
         if self.teardown is not None and self.factory is None:

@@ -22,9 +22,10 @@ and a `RemoteTraceback` cause survive that.
 
 from __future__ import annotations
 
-import signal as _signal
-from collections.abc import Mapping
-from typing import Any
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 __all__ = [
     "AuthenticationFailed",
@@ -262,7 +263,9 @@ class WorkerDied(WhitepoolError):
         if self.exitcode is None or self.exitcode >= 0:
             return None
         try:
-            return _signal.Signals(-self.exitcode).name
+            from signal import Signals  # not before: importing `enum` for it takes long
+
+            return Signals(-self.exitcode).name
         except ValueError:  # a real-time signal has a number only
             return f"signal {-self.exitcode}"
 

@@ -5,17 +5,26 @@ The manager reads this and not `config`, whose checking of options is the owner'
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from whitepool_mp.records import Record
 
-__all__ = ["MAX_WORKERS", "Policy", "Strategy"]
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Literal
 
-Strategy = Literal["lifo", "fifo"]
+    Strategy = Literal["lifo", "fifo"]
+else:
+    Strategy = str
+
+__all__ = ["MAX_WORKERS", "STRATEGIES", "Policy", "Strategy"]
+
+STRATEGIES = ("lifo", "fifo")
+"""Which idle worker is leased next: the one that worked last, or first."""
 
 MAX_WORKERS = 10_000
 """Upper bound of ``pool_size + max_overflow``: beyond it a typing error is likelier than a wish."""
 
 
-class Policy(NamedTuple):
+class Policy(Record):
     """What the broker has to know of a pool; times are in seconds.
 
     A plain value: `PoolConfig.policy` makes it from checked options, a test may write it by hand.

@@ -67,8 +67,8 @@ STEPS = 60
 class FullDelay(random.Random):
     """A generator whose jitter takes nothing off, so that delays are exact."""
 
-    def uniform(self, a: float, b: float) -> float:
-        return b
+    def random(self) -> float:
+        return 1.0
 
 
 @dataclass(eq=False)

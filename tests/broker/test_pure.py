@@ -12,6 +12,7 @@ import whitepool_mp.broker
 PACKAGE = pathlib.Path(whitepool_mp.broker.__file__).parent
 ALLOWED = {
     "__future__",
+    "_random",
     "collections",
     "collections.abc",
     "dataclasses",
@@ -22,7 +23,7 @@ ALLOWED = {
     "random",
     "typing",
 }
-OURS = ("whitepool_mp.broker", "whitepool_mp.policy")
+OURS = ("whitepool_mp.broker", "whitepool_mp.policy", "whitepool_mp.records")
 FORBIDDEN_CALLS = {"__import__", "compile", "eval", "exec", "input", "open", "print"}
 
 modules = sorted(PACKAGE.rglob("*.py"))

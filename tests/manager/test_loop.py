@@ -91,7 +91,7 @@ class Crew:
         self.killed[worker] = reason
 
     def adopt(self, worker: int, channel: socket.socket) -> int:
-        self.hands[worker].control.append(channel.dup())
+        self.hands[worker].control.append(socket.socket(fileno=os.dup(channel.fileno())))
         return 1
 
     def hand(self, worker: int) -> Hand | None:

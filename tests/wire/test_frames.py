@@ -135,7 +135,7 @@ KINDS = [
     for name, value in vars(frames).items()
     if name[0].isalpha()
     and name.isupper()
-    and isinstance(value, int)
+    and type(value) is int
     and not name.endswith(("BYTES", "FRAME"))
 ]
 

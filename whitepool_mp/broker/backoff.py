@@ -5,13 +5,16 @@ The idea of a backoff that gives a delay and its successor is db_connection's.
 
 from __future__ import annotations
 
-import random
-from typing import NamedTuple
+from whitepool_mp.records import Record
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import random
 
 __all__ = ["Backoff"]
 
 
-class Backoff(NamedTuple):
+class Backoff(Record):
     """Exponential backoff with jitter.
 
     Args:
@@ -35,7 +38,7 @@ class Backoff(NamedTuple):
             next backoff.
         """
         full = min(self.maximum, self.first * 2.0 ** min(self.attempt, 1000))
-        return full * rng.uniform(0.5, 1.0), self._replace(attempt=self.attempt + 1)
+        return full * (0.5 + 0.5 * rng.random()), self._replace(attempt=self.attempt + 1)
 
     def reset(self) -> Backoff:
         """Give the backoff as it was before any failure."""

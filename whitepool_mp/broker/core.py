@@ -68,9 +68,6 @@ at as many waiters as the limit.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
-from typing import Any
 
 from whitepool_mp.broker.effects import Effect, Why
 from whitepool_mp.broker.errors import BrokerError
@@ -96,6 +93,14 @@ from whitepool_mp.broker.moves import Moves, oldest
 from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, Waiter, Worker
 from whitepool_mp.broker.status import BrokerStatus
 from whitepool_mp.policy import Policy
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator
+    from typing import Any
+else:
+    import _random as random  # the generator alone: importing `random` makes many more things
 
 __all__ = ["Broker"]
 
@@ -432,8 +437,9 @@ class Broker(Moves):
         self._settle(now, out)
 
 
-# The event types are the keys, so what a handler takes is known only to itself.
-_Handlers = dict[type, Callable[[Broker, Any, float, list[Effect]], None]]
+if TYPE_CHECKING:
+    # The event types are the keys, so what a handler takes is known only to itself.
+    _Handlers = dict[type, Callable[[Broker, Any, float, list[Effect]], None]]
 
 _BEFORE_START: _Handlers = {Start: Broker._on_start}
 

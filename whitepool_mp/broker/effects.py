@@ -6,7 +6,16 @@ compare as tuples, and `Drained()` is falsy.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from whitepool_mp.records import Record
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Why = Literal["full", "closed", "timeout", "factory_failed", "cancelled"]
+    ReportKind = Literal["start_failed", "backing_off", "recovered", "crashed", "stop_overrun"]
+else:
+    Why = ReportKind = str
 
 __all__ = [
     "Drained",
@@ -22,12 +31,8 @@ __all__ = [
     "Why",
 ]
 
-Why = Literal["full", "closed", "timeout", "factory_failed", "cancelled"]
 
-ReportKind = Literal["start_failed", "backing_off", "recovered", "crashed", "stop_overrun"]
-
-
-class Spawn(NamedTuple):
+class Spawn(Record):
     """Start a process for this worker, and answer with ready, failed or exited.
 
     Args:
@@ -39,7 +44,7 @@ class Spawn(NamedTuple):
     slot: int
 
 
-class Grant(NamedTuple):
+class Grant(Record):
     """Hand this worker to the client that holds this ticket.
 
     Args:
@@ -58,7 +63,7 @@ class Grant(NamedTuple):
     keep: bool = False
 
 
-class Recall(NamedTuple):
+class Recall(Record):
     """Have this worker release this kept lease as soon as it is not in the middle of a call.
 
     It is said once of a lease. `Released` answers it, after a `Busy` if a call is running.
@@ -74,7 +79,7 @@ class Recall(NamedTuple):
     patient: bool = False
 
 
-class Refuse(NamedTuple):
+class Refuse(Record):
     """Tell a client that this ticket gets no worker.
 
     Args:
@@ -92,20 +97,20 @@ class Refuse(NamedTuple):
     detail: str
 
 
-class Retire(NamedTuple):
+class Retire(Record):
     """Ask this worker to stop cleanly; `Kill` follows if it takes longer than stop_timeout."""
 
     worker: int
 
 
-class Kill(NamedTuple):
+class Kill(Record):
     """Kill this worker and all its descendants, now."""
 
     worker: int
     reason: str
 
 
-class Report(NamedTuple):
+class Report(Record):
     """Something for the log; nothing has to be done about it.
 
     Args:
@@ -119,7 +124,7 @@ class Report(NamedTuple):
     detail: str
 
 
-class Drained(NamedTuple):
+class Drained(Record):
     """The pool is closed and no worker of any state is left; emitted exactly once."""
 
 

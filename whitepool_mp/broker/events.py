@@ -11,7 +11,7 @@ does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from whitepool_mp.records import Record
 
 __all__ = [
     "Busy",
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 
-class Start(NamedTuple):
+class Start(Record):
     """The first event, once: start `pool_size` workers."""
 
 
-class Checkout(NamedTuple):
+class Checkout(Record):
     """A client asks for a worker.
 
     Args:
@@ -58,21 +58,21 @@ class Checkout(NamedTuple):
     spare_own: bool = False
 
 
-class Cancel(NamedTuple):
+class Cancel(Record):
     """A client gave up on a checkout; answered by exactly one `Refuse`, whatever became of it."""
 
     client: int
     ticket: int
 
 
-class Checkin(NamedTuple):
+class Checkin(Record):
     """A client gives a worker back, fit to serve the next one."""
 
     client: int
     lease: int
 
 
-class Destroy(NamedTuple):
+class Destroy(Record):
     """A client gives a worker back as dirty: it is killed and replaced."""
 
     client: int
@@ -80,19 +80,19 @@ class Destroy(NamedTuple):
     reason: str
 
 
-class ClientGone(NamedTuple):
+class ClientGone(Record):
     """A client's connection ended: it waits no more, and what it held is dirty."""
 
     client: int
 
 
-class WorkerReady(NamedTuple):
+class WorkerReady(Record):
     """A worker's factory returned."""
 
     worker: int
 
 
-class WorkerFailed(NamedTuple):
+class WorkerFailed(Record):
     """A worker's factory raised; its process still has to exit.
 
     For a worker that never had a process, `WorkerExited` alone says so.
@@ -102,43 +102,43 @@ class WorkerFailed(NamedTuple):
     reason: str
 
 
-class Released(NamedTuple):
+class Released(Record):
     """A worker refuses all further calls under a kept lease: the answer to a `Recall`."""
 
     worker: int
     lease: int
 
 
-class Busy(NamedTuple):
+class Busy(Record):
     """A worker was in the middle of a call when its lease was recalled: it releases it after."""
 
     worker: int
     lease: int
 
 
-class WorkerExited(NamedTuple):
+class WorkerExited(Record):
     """A worker's process is gone, or never was."""
 
     worker: int
     reason: str
 
 
-class Tick(NamedTuple):
+class Tick(Record):
     """Time has passed `Broker.next_deadline()`. Harmless when it has not."""
 
 
-class Resize(NamedTuple):
+class Resize(Record):
     """New bounds for the number of workers; the sum must be at least 1."""
 
     pool_size: int
     max_overflow: int
 
 
-class Drain(NamedTuple):
+class Drain(Record):
     """Refuse new checkouts, serve those who wait, then stop every worker."""
 
 
-class Terminate(NamedTuple):
+class Terminate(Record):
     """Refuse everybody and kill every worker, now."""
 
 

@@ -6,7 +6,6 @@ its effect; `_settle` then restores the balance of supply and demand, once, at t
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 
 from whitepool_mp.broker.backoff import Backoff
@@ -28,6 +27,10 @@ from whitepool_mp.broker.starts import Starts
 from whitepool_mp.broker.state import KILLED, LEASED, RETIRING, Waiter, Worker
 from whitepool_mp.broker.waitlist import Waitlist
 from whitepool_mp.policy import Policy
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import random
 
 __all__ = ["Moves", "oldest"]
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 
 from whitepool_mp.broker.backoff import Backoff
 from whitepool_mp.broker.state import Worker
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import random
 
 __all__ = ["Starts"]
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Final
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Final
 
 __all__ = ["BOOTING", "IDLE", "KILLED", "LEASED", "RETIRING", "Waiter", "Worker", "WorkerState"]
 
 
-class WorkerState(enum.Enum):
-    """Where a worker is in its life. The first three count against the limit (are "alive")."""
+class WorkerState:
+    """Where a worker is in its life. The first three count against the limit (are "alive").
 
-    BOOTING = "booting"
-    IDLE = "idle"
-    LEASED = "leased"
-    RETIRING = "retiring"
-    KILLED = "killed"
+    There is one object for each state, as in an enum, but without importing `enum`: that takes as
+    long as all of the broker.
+    """
+
+    __slots__ = ("value",)
+
+    BOOTING: WorkerState
+    IDLE: WorkerState
+    LEASED: WorkerState
+    RETIRING: WorkerState
+    KILLED: WorkerState
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"WorkerState.{self.value.upper()}"
 
 
-# Plain module globals: looking a member up on its enum costs more than the comparison.
+for _name in ("booting", "idle", "leased", "retiring", "killed"):
+    setattr(WorkerState, _name.upper(), WorkerState(_name))
+
+# Plain module globals: looking one up on its class costs more than the comparison.
 BOOTING: Final = WorkerState.BOOTING
 IDLE: Final = WorkerState.IDLE
 LEASED: Final = WorkerState.LEASED

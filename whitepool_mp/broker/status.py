@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from whitepool_mp.records import Record
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Literal
 
 __all__ = ["BrokerStatus"]
 
 
-class BrokerStatus(NamedTuple):
+class BrokerStatus(Record):
     """Counts, no identities. What can be derived from them is derived from them.
 
     Attributes:

@@ -13,14 +13,20 @@ import contextlib
 import errno
 import functools
 import os
-import socket
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Any, Protocol
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager.loop import READ, WRITE, Loop
-from whitepool_mp.wire import auth, frames
+from whitepool_mp.wire import auth, descriptors, frames
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    from whitepool_mp.wire.descriptors import Socket
+else:
+    Protocol = object
 
 HANDSHAKE_SECONDS = 10.0
 """How long a new connection may take to prove itself."""
@@ -57,7 +63,7 @@ class Client:
         "unsent_bytes",
     )
 
-    def __init__(self, number: int, sock: socket.socket, now: float) -> None:
+    def __init__(self, number: int, sock: Socket, now: float) -> None:
         self.id = number
         self.sock = sock
         self.since = now
@@ -85,7 +91,7 @@ class Door:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listener: Socket,
         key: bytes,
         loop: Loop,
         audience: Audience,
@@ -170,7 +176,7 @@ class Door:
             if not passed:
                 return client.sock.send(data)
             fds = [item if isinstance(item, int) else item.fileno() for item in passed]
-            return socket.send_fds(client.sock, [data], fds)
+            return descriptors.send(client.sock, data, fds)
         except BlockingIOError:
             return 0
         except OSError as error:

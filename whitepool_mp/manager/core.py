@@ -10,10 +10,7 @@ at the broker's next deadline. An effect that fails becomes an event of its own,
 
 from __future__ import annotations
 
-import socket
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Any, Protocol
 
 from whitepool_mp.broker import (
     Broker,
@@ -49,7 +46,16 @@ from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
 from whitepool_mp.policy import MAX_WORKERS, Policy
-from whitepool_mp.wire import frames
+from whitepool_mp.wire import descriptors, frames
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    from whitepool_mp.wire.descriptors import Socket
+else:
+    Protocol = object
 
 MAX_OBITUARIES = 4096
 """How many deaths under a lease are kept until the holder asks about them."""
@@ -61,7 +67,7 @@ class Workers(Protocol):
     def spawn(self, worker: int, slot: int) -> str | None: ...
     def retire(self, worker: int) -> None: ...
     def kill(self, worker: int, reason: str | None) -> None: ...
-    def adopt(self, worker: int, channel: socket.socket) -> int: ...
+    def adopt(self, worker: int, channel: Socket) -> int: ...
     def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
     def hand(self, worker: int) -> Any: ...
 
@@ -234,7 +240,7 @@ class Manager:
             self._door.send(client, frames.channel(number, 0, lost=lost))
             return
         try:
-            ours, theirs = socket.socketpair()
+            ours, theirs = descriptors.pair()
         except OSError:  # no descriptors left: this one call fails, and says so
             self._door.send(client, frames.channel(number, 0, lost=True))
             return

@@ -17,19 +17,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
-import socket
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import frames, pages
+from whitepool_mp.wire import descriptors, frames, pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.worker import nursery as nurseries
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    from whitepool_mp.wire.descriptors import Socket
+else:
+    import _signal as signal  # as in `worker.linux`
+
+    Protocol = object
 
 _MARK = boots.MARKER.encode() + b"="
 
@@ -60,7 +68,7 @@ class Hand:
         "worker",
     )
 
-    def __init__(self, worker: int, slot: int, control: socket.socket, page_fd: int, born: float):
+    def __init__(self, worker: int, slot: int, control: Socket, page_fd: int, born: float):
         self.page = pages.Page(page_fd, pages.NUMBERS)
         self.page_fd = page_fd
         self.worker = worker
@@ -101,7 +109,7 @@ class Crew:
         clock: Callable[[], float],
         lifeline: int,
         start_timeout: float,
-        nursery: tuple[int, socket.socket],
+        nursery: tuple[int, Socket],
     ) -> None:
         self._boot = boot
         self._loop = loop
@@ -112,10 +120,10 @@ class Crew:
         self._hands: dict[int, Hand] = {}
         self._by_pid: dict[int, Hand] = {}
         self._nursery_pid: int | None = None
-        self._nursery: socket.socket | None = None
+        self._nursery: Socket | None = None
         self._nursery_word = ""
         self._unborn: dict[int, Hand] = {}
-        self._orders: deque[tuple[bytes, list[socket.socket], list[int]]] = deque()
+        self._orders: deque[tuple[bytes, list[Socket], list[int]]] = deque()
         self._sweep_due = False
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = _open_children()
@@ -143,7 +151,7 @@ class Crew:
             page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
             fds.append(page)
             os.ftruncate(page, pages.SIZE)
-            ours, theirs = socket.socketpair()
+            ours, theirs = descriptors.pair()
             ours.setblocking(False)
             hand = Hand(worker, slot, ours, page, self._clock())
         except OSError as error:
@@ -162,7 +170,7 @@ class Crew:
         if hand is not None:
             self._tell(hand, frames.plain(frames.RETIRE))
 
-    def adopt(self, worker: int, channel: socket.socket) -> int:
+    def adopt(self, worker: int, channel: Socket) -> int:
         """Hand a worker its end of a new channel.
 
         Returns:
@@ -296,7 +304,7 @@ class Crew:
 
     # --- the nursery ----------------------------------------------------------------------
 
-    def _take_nursery(self, pid: int, sock: socket.socket) -> None:
+    def _take_nursery(self, pid: int, sock: Socket) -> None:
         sock.setblocking(False)
         self._nursery, self._nursery_pid, self._nursery_word = sock, pid, ""
         self._loop.add(sock.fileno(), self._hear_nursery)
@@ -308,7 +316,7 @@ class Crew:
         while self._orders:
             order, socks, pages = self._orders[0]
             try:
-                socket.send_fds(nursery, [order], [socks[0].fileno(), pages[0]])
+                descriptors.send(nursery, order, [socks[0].fileno(), pages[0]])
             except BlockingIOError:
                 self._loop.change(nursery.fileno(), READ | WRITE)
                 return
@@ -400,13 +408,13 @@ class Crew:
                 elif body[0] == frames.RELEASED:
                     self._listener.worker_released(hand.worker, frames.read_lease(body)[0])
 
-    def _tell(self, hand: Hand, data: bytes, passed: socket.socket | None = None) -> bool:
+    def _tell(self, hand: Hand, data: bytes, passed: Socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""
         try:
             if passed is None:
                 hand.control.send(data)
             else:
-                socket.send_fds(hand.control, [data], [passed.fileno()])
+                descriptors.send(hand.control, data, [passed.fileno()])
         except BlockingIOError:
             self.kill(hand.worker, "it does not read what the manager tells it")
             return False

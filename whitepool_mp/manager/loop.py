@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Handler = Callable[[int], None]
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 
 _LONGEST_WAIT = 2_000_000.0
 """Seconds; epoll takes no more than 2**31 milliseconds at once."""
-
-Handler = Callable[[int], None]
 
 
 class Loop:

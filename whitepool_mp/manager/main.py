@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.worker import linux
@@ -16,7 +15,10 @@ from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
+    import signal
     from typing import NoReturn
+else:
+    import _signal as signal  # as in `worker.linux`
 
 
 def main(boot_fd: int, listener_fd: int) -> NoReturn:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
+from whitepool_mp.records import Record
 from whitepool_mp.wire import pages
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Any
 
 _PF_EXITING = 0x4
 _LONGEST_STACK = 32_000
@@ -14,7 +18,7 @@ _OWN_FRAME = (
 )
 
 
-class Obituary(NamedTuple):
+class Obituary(Record):
     """One worker's end. Times in seconds, memory in bytes; None is unknown.
 
     `exitcode` is negative for a signal; `reason` says why the pool killed it, if it did.

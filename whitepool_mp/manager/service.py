@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
-import socket
 import time
 
 from whitepool_mp.broker import Terminate
@@ -21,7 +19,14 @@ from whitepool_mp.manager.crew import Crew
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.policy import Policy
 from whitepool_mp.wire.boot import Boot
+from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import nursery as nurseries
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import signal
+else:
+    import _signal as signal  # as in `worker.linux`
 
 LAST_SECONDS = 2.0
 """How long pools that ran inside workers have for their own end, before this one ends."""
@@ -30,7 +35,7 @@ WARM_UP_SECONDS = 0.5
 
 
 def serve(
-    boot: Boot, listener_fd: int, owner: int, lifeline: int, nursery: tuple[int, socket.socket]
+    boot: Boot, listener_fd: int, owner: int, lifeline: int, nursery: tuple[int, Socket]
 ) -> None:
     """Serve a pool until it has ended.
 
@@ -45,7 +50,7 @@ def serve(
     loop = Loop()
     manager = Manager(policy, loop, time.monotonic)
     crew = Crew(boot, loop, manager, time.monotonic, lifeline, policy.start_timeout, nursery)
-    door = Door(socket.socket(fileno=listener_fd), boot.key, loop, manager, time.monotonic)
+    door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, time.monotonic)
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))
     manager.start(crew, door)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GLOBAL_EXPEDITED = 1 << 1
 _REGISTER_GLOBAL_EXPEDITED = 1 << 2

@@ -14,9 +14,13 @@ decoding never runs code that a peer chose (no pickle here).
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
 
 from whitepool_mp.errors import ProtocolError
+from whitepool_mp.records import Record
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_FRAME = 1 << 20
 """Longest body accepted, in bytes."""
@@ -73,7 +77,7 @@ _REFUSED = struct.Struct("!BIB")
 _CHANNEL = struct.Struct("!BIB?")
 
 
-class Auth(NamedTuple):
+class Auth(Record):
     """The answer to a challenge: who asks, and the proof that it has the pool's key."""
 
     nonce: bytes
@@ -83,7 +87,7 @@ class Auth(NamedTuple):
     thread: str
 
 
-class Checkout(NamedTuple):
+class Checkout(Record):
     """A request for a worker; `deadline` is in seconds of the system-wide monotonic clock.
 
     `keep`: the lease is for jobs, and may be recalled between them. `spare_own`: not so that those
@@ -98,7 +102,7 @@ class Checkout(NamedTuple):
     spare_own: bool = False
 
 
-class Grant(NamedTuple):
+class Grant(Record):
     """A worker is yours."""
 
     request: int
@@ -109,7 +113,7 @@ class Grant(NamedTuple):
     keep: bool
 
 
-class Refused(NamedTuple):
+class Refused(Record):
     """No worker for you, and why."""
 
     request: int

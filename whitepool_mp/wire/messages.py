@@ -18,13 +18,21 @@ into the memory in which they stay.
 
 from __future__ import annotations
 
-import pickle
 import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from whitepool_mp.errors import ProtocolError
+from whitepool_mp.records import Record
 from whitepool_mp.wire.rooms import room
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import pickle
+    from collections.abc import Sequence
+    from typing import Any
+else:
+    # What `pickle` takes its functions from. It adds the same once more in Python, which a worker
+    # would have imported for nothing.
+    import _pickle as pickle
 
 CALL = 1
 METHOD = 2
@@ -80,7 +88,7 @@ MAX_BUFFERS = (_BUFFER - HEAD.size) // 8
 _GATHER = 512
 
 
-class Message(NamedTuple):
+class Message(Record):
     """A whole message; `payload` is valid until the reader is next given bytes."""
 
     kind: int

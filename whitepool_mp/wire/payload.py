@@ -7,14 +7,19 @@ the caller's. What cannot be pickled or unpickled raises `SerializationError`, w
 
 from __future__ import annotations
 
-import pickle
 import struct
-from collections.abc import Callable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
 
 from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
 from whitepool_mp.wire.messages import MAX_BUFFERS, PLAIN
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import pickle
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+else:
+    import _pickle as pickle  # as in `wire.messages`
 
 OUT_OF_BAND = 16 * 1024
 """Buffers of at least this many bytes travel beside the pickle."""
@@ -150,8 +155,10 @@ def dump_call(
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _MOST_FUNCTIONS = 4096
-_PROTOCOL = pickle.PROTO + b"\x05"
-_PAIR = pickle.TUPLE2 + pickle.STOP
+# Opcodes; `pickle` has names for them.
+_PROTOCOL = b"\x80\x05"
+_GLOBAL, _STOP = b"c", b"."
+_PAIR = b"\x86" + _STOP
 _UNKNOWN = (b"", "")
 _by_reference: dict[Any, tuple[bytes, str] | None] = {}
 
@@ -163,11 +170,13 @@ def _reference(function: Any) -> tuple[bytes, str] | None:
     """
     found = None
     try:
+        from pickle import whichmodule  # type: ignore[attr-defined]
+
         name = function.__qualname__
-        module = pickle.whichmodule(function, name)  # type: ignore[attr-defined]
+        module = whichmodule(function, name)
         # GLOBAL takes no place in the memo, which is the arguments'.
-        begin = b"".join((_PROTOCOL, pickle.GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
-        if module != "__main__" and loads(begin + pickle.STOP) is function:
+        begin = b"".join((_PROTOCOL, _GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
+        if module != "__main__" and loads(begin + _STOP) is function:
             found = begin, qualified_name(function)
     except Exception:  # it has to travel by value, or not at all
         pass

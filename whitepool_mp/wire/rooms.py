@@ -10,15 +10,18 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import threading
-from typing import Any
+from _thread import allocate_lock
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Any
 
 IN_OWN_MAPPING = 256 * 1024
 """A buffer of at least this many bytes gets a mapping of its own."""
 MOST_KEPT = 128 << 20
 """How many bytes of mappings a process keeps at most."""
 
-_lock = threading.Lock()
+_lock = allocate_lock()
 _kept: list[mmap.mmap] = []
 
 
@@ -69,7 +72,7 @@ def let_go() -> None:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()  # its holder may have stayed in the parent
+    _lock = allocate_lock()  # its holder may have stayed in the parent
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

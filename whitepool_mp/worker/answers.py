@@ -7,10 +7,10 @@ calls --answer--> Answers --now, or after a few more--> channel
 from __future__ import annotations
 
 import os
-import socket
 import time
 
 from whitepool_mp.wire import messages, pages
+from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import MessageReader
 from whitepool_mp.wire.pages import ENDED, OWNER, SENDINGS, UNSENT, Page
 
@@ -20,7 +20,6 @@ _HELD_BACK = 2_000_000
 """Nanoseconds. For how long short calls go on before their answers are sent."""
 _TAIL = 1024
 """Bytes of a large answer that are sent when the page says that its call has ended."""
-DONTWAIT = int(socket.MSG_DONTWAIT)
 
 
 class Channel:
@@ -28,7 +27,7 @@ class Channel:
 
     __slots__ = ("reader", "skip", "sock")
 
-    def __init__(self, sock: socket.socket, skip: int) -> None:
+    def __init__(self, sock: Socket, skip: int) -> None:
         self.sock = sock
         self.skip = skip  # where on the page it says what was taken back
         self.reader = MessageReader()

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
 
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import FLOATS, INTEGERS, PICKLES, PLAIN
 from whitepool_mp.wire.pages import FIRST, KIND, MARK, OUTBOX, OWNER, RESULTS, SENDINGS, Page
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import pickle
+    from collections.abc import Callable, Sequence
+    from typing import Any
+else:
+    import _pickle as pickle  # as in `wire.messages`
 
 LARGEST_GROUP = 128
 """How many calls are begun together at most; these cannot be taken back from each other."""

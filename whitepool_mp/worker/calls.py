@@ -14,16 +14,21 @@ from __future__ import annotations
 import functools
 import os
 import time
-import traceback
-from collections.abc import Callable
-from pickle import dumps, loads
-from typing import Any
 
 from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
 from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, Page
 from whitepool_mp.worker.answers import SHORT, Answers, Channel
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pickle import dumps, loads
+    from types import TracebackType
+    from typing import Any
+else:
+    from _pickle import dumps, loads  # as in `wire.messages`
 
 _clock = time.perf_counter_ns
 _SHORT_TEXT = 1000
@@ -277,7 +282,7 @@ class Calls(Answers):
         trace = error.__traceback__
         if step == messages.RAISED and trace is not None and trace.tb_next is not None:
             trace = trace.tb_next  # this module's own frame tells the reader nothing
-        text = "".join(traceback.format_exception(type(error), error, trace))
+        text = told(error, trace)
         if step == messages.DUMPING:
             from whitepool_mp.errors import SerializationError
 
@@ -290,3 +295,17 @@ class Calls(Answers):
         took = _clock() - started
         error.__traceback__ = None
         self._answer_in_pieces(channel, messages.pack(messages.ERROR, step, number, took, data))
+
+
+def told(error: BaseException, trace: TracebackType | None) -> str:
+    """An exception's traceback, as `traceback` words it.
+
+    That module is imported when it is first wanted. Then there may be no descriptor to import it
+    with, which may be just what the exception says: its words come without the rest then.
+    """
+    try:
+        import traceback
+
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception:
+        return f"{type(error).__name__}: {payload.shorten(error, 1000)}\n"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from whitepool_mp.errors import WhitepoolError
+from whitepool_mp.records import Record
 
 
-class WorkerContext(NamedTuple):
+class WorkerContext(Record):
     """The worker that this code runs in.
 
     Attributes:

@@ -6,7 +6,14 @@ import ctypes
 import fcntl
 import os
 import select
-import signal
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import signal
+else:
+    # The module below `signal`, which makes enums of the numbers: with importing `enum` that takes
+    # several milliseconds of a start, in each of the pool's own processes.
+    import _signal as signal
 
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETSIG = 10

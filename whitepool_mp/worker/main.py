@@ -14,17 +14,22 @@ import faulthandler
 import gc
 import os
 import resource as limits
-import signal
-import socket
 import sys
-import traceback
-from types import TracebackType
-from typing import NoReturn
 
 from whitepool_mp.wire import frames, pages, payload
 from whitepool_mp.wire.boot import Boot
+from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import context, linux
+from whitepool_mp.worker.calls import told
 from whitepool_mp.worker.serve import Server, flush_output
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import signal
+    from types import TracebackType
+    from typing import NoReturn
+else:
+    import _signal as signal  # as in `linux`
 
 
 def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> NoReturn:
@@ -49,6 +54,8 @@ def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> 
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
     except BaseException:
+        import traceback
+
         traceback.print_exc()
     finally:
         flush_output()
@@ -81,7 +88,7 @@ def boot_soft_limit(hard: int) -> int:
 
 
 def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
-    control = socket.socket(fileno=control_fd)
+    control = Socket(fileno=control_fd)
     control.setblocking(True)
     page = pages.Page(page_fd)
     page.order_me()
@@ -93,7 +100,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
         except BaseException as error:
             if os.getpid() != own:
                 raise
-            text = "".join(traceback.format_exception(type(error), error, _beyond(error)))
+            text = told(error, _beyond(error))
             control.sendall(frames.plain(frames.FAILED, text))
             return 1
     if os.getpid() != own:  # the factory forked, and its child came back as well

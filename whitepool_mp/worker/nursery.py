@@ -22,20 +22,22 @@ import contextlib
 import gc
 import os
 import select
-import signal
-import socket
 import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors
 from whitepool_mp.wire.boot import Boot
+from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import linux
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
     from typing import Any, NoReturn
+else:
+    import _signal as signal  # as in `worker.linux`
 
 SPAWN = struct.Struct("!BQI")
 BORN = struct.Struct("!BQI")
@@ -48,7 +50,7 @@ _LULL_MS = 500
 """How long there is no order before the nursery imports what later workers may want."""
 
 
-def fork(boot: Boot, lifeline: int) -> tuple[int, socket.socket]:
+def fork(boot: Boot, lifeline: int) -> tuple[int, Socket]:
     """Fork a nursery from this process, the manager.
 
     Args:
@@ -59,7 +61,7 @@ def fork(boot: Boot, lifeline: int) -> tuple[int, socket.socket]:
         The nursery's pid, and the manager's end of the socket pair between them (SOCK_SEQPACKET:
         several processes write to the other one).
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = descriptors.pair(descriptors.SEQPACKET)
     with theirs:
         try:
             pid = os.fork()
@@ -71,7 +73,7 @@ def fork(boot: Boot, lifeline: int) -> tuple[int, socket.socket]:
     return pid, ours
 
 
-def _main(boot: Boot, sock: socket.socket, lifeline: int) -> NoReturn:
+def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
     """Be the nursery, in a process just forked from the manager. Never returns.
 
     Args:
@@ -108,7 +110,7 @@ def _leave_manager(*keep: int) -> None:
 
 
 class _Nursery:
-    def __init__(self, boot: Boot, sock: socket.socket, lifeline: int) -> None:
+    def __init__(self, boot: Boot, sock: Socket, lifeline: int) -> None:
         self._boot = boot
         self._sock = sock
         self._lifeline = lifeline

@@ -13,16 +13,19 @@ What becomes of a call is in `calls`, and of its answer in `answers`.
 from __future__ import annotations
 
 import select
-import socket
 import sys
-from typing import Any
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import descriptors, frames, messages, pages, rooms
+from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import CALL, Message
 from whitepool_mp.wire.pages import KIND, RECALLED, RESULTS, SENDINGS, UNSENT, Page
-from whitepool_mp.worker.answers import DONTWAIT, Channel
+from whitepool_mp.worker.answers import Channel
 from whitepool_mp.worker.calls import Calls
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from typing import Any
 
 _MOST_READY = 16
 _WARM_SECONDS = 1.0
@@ -38,7 +41,7 @@ class Server(Calls):
         resource: what the factory built.
     """
 
-    def __init__(self, control: socket.socket, page: Page, resource: Any) -> None:
+    def __init__(self, control: Socket, page: Page, resource: Any) -> None:
         super().__init__(page, resource)
         self._control = control
         self._decoder = frames.FrameDecoder()
@@ -83,7 +86,7 @@ class Server(Calls):
             return False
         for body in self._decoder.feed(data):
             if body[0] == frames.ADOPT:
-                sock = socket.socket(fileno=fds.pop(0))
+                sock = Socket(fileno=fds.pop(0))
                 sock.setblocking(True)
                 self._adopted += 1
                 skip = pages.slot_words(pages.slot(self._adopted))
