@@ -839,3 +839,35 @@ def test_a_dead_manager_is_told_from_a_pool_that_was_shut_down(new_pool: NewPool
         session.safe_shutdown(timeout=SOON)
     session.safe_shutdown(timeout=SOON)
     session.terminate()
+
+
+def test_workers_are_started_as_python_starts_anything(tmp_path: Path, start_method: str) -> None:
+    """`.pth` files of the environment, `sitecustomize` and the interpreter's flags are theirs too,
+    and a package that only an import hook of those finds."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "hooked.py").write_text("answer = 42\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'hooked':\n"
+        f"            file = {str(tmp_path / 'hidden' / 'hooked.py')!r}\n"
+        "            return importlib.util.spec_from_file_location(name, file)\n"
+        "sys.meta_path.append(Finder)\n"
+    )
+    (tmp_path / "user.py").write_text(
+        "import sys\n"
+        "from whitepool_mp import Pool\n"
+        "import hooked\n"
+        "with Pool(1, start_method=sys.argv[1]) as session:\n"
+        "    say = lambda: (__import__('hooked').answer, tuple(sys.flags), list(sys.path))\n"
+        "    print(session.run(say) == say())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", str(tmp_path / "user.py"), start_method],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("True", "")

@@ -266,7 +266,8 @@ class WorkerDied(WhitepoolError):
             from signal import Signals  # not before: importing `enum` for it takes long
 
             return Signals(-self.exitcode).name
-        except ValueError:  # a real-time signal has a number only
+        except (ValueError, ImportError, OSError):
+            # A real-time signal has a number only; or no descriptor is left to import it with.
             return f"signal {-self.exitcode}"
 
     def __str__(self) -> str:

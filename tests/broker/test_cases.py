@@ -1368,3 +1368,9 @@ def test_a_seeded_broker_repeats_itself() -> None:
 
     assert history(1) == history(1) != history(2)
     assert Broker(Policy(1, 0)).next_deadline() is None
+
+
+def test_the_first_worker_is_the_one_that_the_manager_orders_before_there_is_a_broker() -> None:
+    from whitepool_mp.worker import nursery
+
+    assert Broker(Policy(3, 1)).step(Start(), 0.0)[0] == Spawn(*nursery.FIRST)

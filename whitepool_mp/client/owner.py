@@ -71,13 +71,21 @@ class Owner:
             teardown=teardown,
             sys_path=[os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
             argv=list(sys.argv),
+            interpreter=_interpreter(),
         )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(self.path)
             listener.listen(4096)
             fd = boots.write(boot)
             try:
-                command = boots.command(fd, "whitepool_mp.manager.main", listener.fileno())
+                command = boots.command(
+                    boot.interpreter,
+                    fd,
+                    "whitepool_mp.manager.main",
+                    listener.fileno(),
+                    # Workers that are forked are what the manager was when it started.
+                    site=config.start_method != "loky",
+                )
                 process = subprocess.Popen(
                     command,
                     pass_fds=(fd, listener.fileno()),
@@ -172,6 +180,12 @@ class Owner:
         if not self._reaped:
             os.close(self._pidfd)
             self._reaped = True
+
+
+def _interpreter() -> list[str]:
+    """How to start an interpreter with the flags of this one."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags]
 
 
 def _folder(pool_id: str) -> str:

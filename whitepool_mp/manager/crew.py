@@ -99,6 +99,7 @@ class Crew:
             gone; the write end must exist in this process only.
         start_timeout: how long a worker may take to be born and ready, in seconds.
         nursery: the first nursery, already forked: its pid and this process's end to it.
+        first: the page and this process's end of a worker that it was told to start already.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Crew:
         lifeline: int,
         start_timeout: float,
         nursery: tuple[int, Socket],
+        first: tuple[int, Socket] | None,
     ) -> None:
         self._boot = boot
         self._loop = loop
@@ -122,8 +124,9 @@ class Crew:
         self._nursery_pid: int | None = None
         self._nursery: Socket | None = None
         self._nursery_word = ""
+        self._first = first
         self._unborn: dict[int, Hand] = {}
-        self._orders: deque[tuple[bytes, list[Socket], list[int]]] = deque()
+        self._orders: deque[tuple[int, int, Socket, int]] = deque()
         self._sweep_due = False
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = _open_children()
@@ -144,24 +147,26 @@ class Crew:
         Returns:
             None, or why there cannot be one now (no descriptors or no processes left).
         """
-        fds: list[int] = []
+        first, self._first = self._first, None
+        theirs = None
+        page = -1
         try:
-            if self._nursery is None:
-                self._take_nursery(*nurseries.fork(self._boot, self._lifeline))
-            page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
-            fds.append(page)
-            os.ftruncate(page, pages.SIZE)
-            ours, theirs = descriptors.pair()
+            if first is not None and (worker, slot) == nurseries.FIRST:
+                page, ours = first  # it is on its way
+            else:
+                if self._nursery is None:
+                    self._take_nursery(*nurseries.fork(self._boot, self._lifeline))
+                page, ours, theirs = nurseries.furnish()
             ours.setblocking(False)
             hand = Hand(worker, slot, ours, page, self._clock())
         except OSError as error:
-            for fd in fds:
-                os.close(fd)
+            if page >= 0:
+                os.close(page)
             return f"the manager cannot start a worker: {type(error).__name__}: {error}"
         self._hands[worker] = self._unborn[worker] = hand
-        order = nurseries.SPAWN.pack(nurseries.SPAWN_KIND, worker, slot)
-        self._orders.append((order, [theirs], [page]))
-        self._send_orders()
+        if theirs is not None:
+            self._orders.append((worker, slot, theirs, page))
+            self._send_orders()
         return None
 
     def retire(self, worker: int) -> None:
@@ -314,16 +319,16 @@ class Crew:
         if nursery is None:
             return
         while self._orders:
-            order, socks, pages = self._orders[0]
+            order = self._orders[0]
             try:
-                descriptors.send(nursery, order, [socks[0].fileno(), pages[0]])
+                nurseries.order(nursery, *order)
             except BlockingIOError:
                 self._loop.change(nursery.fileno(), READ | WRITE)
                 return
             except OSError:
                 break  # it is gone; its end-of-file, read in a moment, says so to all who wait
             self._orders.popleft()
-            socks[0].close()
+            order[2].close()
         self._loop.change(nursery.fileno(), READ)
 
     def _hear_nursery(self, events: int) -> None:
@@ -370,7 +375,7 @@ class Crew:
         self._nursery.close()
         self._nursery = None
         while self._orders:
-            self._orders.popleft()[1][0].close()
+            self._orders.popleft()[2].close()
         told = self._nursery_word
         for hand in list(self._unborn.values()):
             if told:

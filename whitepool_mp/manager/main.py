@@ -40,9 +40,10 @@ def main(boot_fd: int, listener_fd: int) -> NoReturn:
             # The write end is never used and never closed: its end-of-file is this process's death.
             lifeline, _ = os.pipe2(os.O_CLOEXEC)
             nursery = nurseries.fork(boot, lifeline)
+            first = nurseries.order_first(nursery[1])
             from whitepool_mp.manager.service import serve
 
-            serve(boot, listener_fd, owner, lifeline, nursery)
+            serve(boot, listener_fd, owner, lifeline, nursery, first)
         else:
             nurseries.remove(boot.folder)
         code = 0

@@ -55,8 +55,10 @@ def read_stack(page: int) -> str | None:
     text = os.pread(page, _LONGEST_STACK, pages.SIZE).decode("utf-8", "replace").strip()
     if not text:
         return None
-    import re
-
+    try:
+        import re
+    except (ImportError, OSError):  # no descriptor is left to import it with
+        return text
     return "\n".join(line for line in text.splitlines() if not re.search(_OWN_FRAME, line))
 
 

@@ -35,7 +35,12 @@ WARM_UP_SECONDS = 0.5
 
 
 def serve(
-    boot: Boot, listener_fd: int, owner: int, lifeline: int, nursery: tuple[int, Socket]
+    boot: Boot,
+    listener_fd: int,
+    owner: int,
+    lifeline: int,
+    nursery: tuple[int, Socket],
+    first: tuple[int, Socket] | None,
 ) -> None:
     """Serve a pool until it has ended.
 
@@ -45,11 +50,12 @@ def serve(
         owner: a descriptor that is readable once the owner has ended.
         lifeline: the read end of the pipe whose other end is this process's alone.
         nursery: the nursery's pid and this process's end to it.
+        first: of the worker that was ordered from it already, as `nursery.order_first`.
     """
     policy = Policy(*boot.policy)
     loop = Loop()
     manager = Manager(policy, loop, time.monotonic)
-    crew = Crew(boot, loop, manager, time.monotonic, lifeline, policy.start_timeout, nursery)
+    crew = Crew(boot, loop, manager, time.monotonic, lifeline, policy.start_timeout, nursery, first)
     door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, time.monotonic)
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))

@@ -10,8 +10,9 @@ Source: membarrier(2), MEMBARRIER_CMD_GLOBAL_EXPEDITED (Linux 4.16).
 
 from __future__ import annotations
 
-import functools
 import os
+
+from whitepool_mp.wire import libc
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -22,25 +23,25 @@ _REGISTER_GLOBAL_EXPEDITED = 1 << 2
 _NUMBERS = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc64le": 365}
 
 
-@functools.cache
-def _call() -> Callable[[int], int] | None:
-    """The system call, or None where its number is not known."""
+_syscall: Callable[..., int] | None = None
+
+
+def _call(command: int) -> bool:
+    """Make the system call; whether that could be done. Not where its number is not known."""
+    global _syscall
     number = _NUMBERS.get(os.uname().machine)
     if number is None:
-        return None
-    import ctypes
-
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    return lambda command: int(syscall(number, command, 0, 0))
+        return False
+    if _syscall is None:
+        _syscall = libc.function("syscall")
+    return _syscall(number, command, 0, 0) == 0
 
 
 def register() -> bool:
     """Take part in the barriers that others issue; whether that could be done."""
-    call = _call()
-    return call is not None and call(_REGISTER_GLOBAL_EXPEDITED) == 0
+    return _call(_REGISTER_GLOBAL_EXPEDITED)
 
 
 def issue() -> bool:
     """Have every processor that runs a registered process pass a barrier; whether it did."""
-    call = _call()
-    return call is not None and call(_GLOBAL_EXPEDITED) == 0
+    return _call(_GLOBAL_EXPEDITED)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import marshal
 import os
-import sys
 
 TYPE_CHECKING = False  # `typing` is half of what a manager would import before its first fork
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ class Boot:
         factory: bytes | None,
         teardown: bytes | None,
         argv: list[str],
+        interpreter: list[str],
     ) -> None:
         self.sys_path = sys_path
         self.pool_id = pool_id
@@ -48,7 +48,11 @@ class Boot:
         self.factory = factory
         self.teardown = teardown
         self.argv = argv
+        self.interpreter = interpreter
 
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+"""The folder that this package is in."""
 
 MARKER = "WHITEPOOL_POOL"
 """Environment variable that every process of a pool, and what those start, is born with."""
@@ -71,22 +75,32 @@ def read(fd: int) -> Boot:
     return Boot(*marshal.loads(data))
 
 
-def command(fd: int, module: str, *numbers: int) -> list[str]:
+def command(
+    interpreter: list[str], fd: int, module: str, *numbers: int, site: bool = True
+) -> list[str]:
     """The command line of a fresh interpreter that runs `module`'s `main(fd, *numbers)`.
 
     The owner's `sys.path` (the first thing in the file) is in place before anything of ours is
     imported, and `__main__` is never the owner's script. Importing goes without garbage collection,
     which would find nothing.
-    """
-    import subprocess
 
+    Args:
+        interpreter: how the command line begins, as `Boot.interpreter`.
+        fd: the memory file.
+        module: whose `main` to run.
+        numbers: what else to call it with.
+        site: whether it does what `site` does, which takes a quarter of its start: `.pth` files and
+            `sitecustomize` are run. Whatever is to run the user's code has to.
+    """
+    flags = [] if site else ["-S"]
+    # Without `site` there are no import hooks of an editable installation to find this package by.
+    more = "" if site else f"sys.path.append({_ROOT!a})\n"
     args = ", ".join(str(number) for number in (fd, *numbers))
     code = (
         "import gc, marshal, os, sys; gc.disable(); "
         f"n = os.fstat({fd}).st_size; d = b''\n"
         f"while len(d) < n: d += os.pread({fd}, min(n - len(d), 1 << 30), len(d))\n"
-        f"sys.path[:] = marshal.loads(d)[0]; del d\n"
+        f"sys.path[:] = marshal.loads(d)[0]; del d\n{more}"
         f"from {module} import main; main({args})"
     )
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", code]
+    return [*interpreter, *flags, "-c", code]

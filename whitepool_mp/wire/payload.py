@@ -170,10 +170,7 @@ def _reference(function: Any) -> tuple[bytes, str] | None:
     """
     found = None
     try:
-        from pickle import whichmodule  # type: ignore[attr-defined]
-
-        name = function.__qualname__
-        module = whichmodule(function, name)
+        name, module = function.__qualname__, function.__module__
         # GLOBAL takes no place in the memo, which is the arguments'.
         begin = b"".join((_PROTOCOL, _GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
         if module != "__main__" and loads(begin + _STOP) is function:

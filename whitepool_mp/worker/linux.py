@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
+
+from whitepool_mp.wire import libc
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ else:
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETSIG = 10
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = libc.function("prctl")
 
 
 def adopt_orphans() -> None:
@@ -26,8 +27,8 @@ def adopt_orphans() -> None:
 
     Source: prctl(2), PR_SET_CHILD_SUBREAPER.
     """
-    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        error = ctypes.get_errno()
+    if _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        error = libc.get_errno()
         raise OSError(error, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(error)}")
 
 

@@ -18,7 +18,6 @@ Importing this module is part of the manager's start, so it imports little itsel
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import select
@@ -26,7 +25,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors
+from whitepool_mp.wire import descriptors, pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import linux
@@ -35,9 +34,12 @@ TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable
+    from types import ModuleType
     from typing import Any, NoReturn
 else:
     import _signal as signal  # as in `worker.linux`
+
+    ModuleType = type(sys)
 
 SPAWN = struct.Struct("!BQI")
 BORN = struct.Struct("!BQI")
@@ -46,6 +48,8 @@ BORN_KIND = 2
 UNBORN_KIND = 3
 BROKEN_KIND = 4
 MAX_TEXT = 32_000
+FIRST = 1, 0
+"""Number and slot of the worker that every broker wants first."""
 _LULL_MS = 500
 """How long there is no order before the nursery imports what later workers may want."""
 
@@ -71,6 +75,56 @@ def fork(boot: Boot, lifeline: int) -> tuple[int, Socket]:
         if pid == 0:
             _main(boot, theirs, lifeline)
     return pid, ours
+
+
+def furnish() -> tuple[int, Socket, Socket]:
+    """What a worker is given at its birth: a page, and a socket pair between it and the manager.
+
+    Raises:
+        OSError: there are no descriptors left.
+    """
+    page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(page, pages.SIZE)
+        return page, *descriptors.pair()
+    except OSError:
+        os.close(page)
+        raise
+
+
+def order(nursery: Socket, worker: int, slot: int, control: Socket, page: int) -> None:
+    """Have a nursery start a worker.
+
+    Args:
+        nursery: the manager's end to it.
+        worker, slot: the worker's number and place.
+        control, page: its end of the socket pair, and its page; copies travel.
+
+    Raises:
+        OSError: as for `socket.socket.sendmsg`.
+    """
+    descriptors.send(nursery, SPAWN.pack(SPAWN_KIND, worker, slot), [control.fileno(), page])
+
+
+def order_first(nursery: Socket) -> tuple[int, Socket] | None:
+    """Order the `FIRST` worker, before there is a broker to say so: it starts meanwhile.
+
+    Returns:
+        Its page and the manager's end of the socket pair; None if that could not be done, and the
+        broker is to order it as any other.
+    """
+    try:
+        page, ours, theirs = furnish()
+    except OSError:
+        return None
+    with theirs:
+        try:
+            order(nursery, *FIRST, theirs, page)
+        except OSError:
+            ours.close()
+            os.close(page)
+            return None
+    return page, ours
 
 
 def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
@@ -120,8 +174,6 @@ class _Nursery:
     def run(self) -> None:
         os.environ.update(self._boot.env)
         if self._boot.start_method == "loky":
-            import subprocess  # noqa: F401  # once here, for every `boots.command`
-
             self._fork_exec = _lokys_fork_exec()
             self._boot_fd = boots.write(self._boot)
         else:
@@ -174,7 +226,10 @@ class _Nursery:
     def _warm_up(self) -> None:
         """Nothing to do just now: import what the next workers may want."""
         if self._boot.start_method == "forkserver":
-            import cloudpickle  # noqa: F401
+            import signal  # noqa: F401
+            import socket  # noqa: F401
+
+            import cloudpickle  # noqa: F401  # and with it `typing`, `pickle`, `traceback`, ...
 
             gc.freeze()
 
@@ -217,7 +272,13 @@ class _Nursery:
     def _exec(self, slot: int, control_fd: int, page_fd: int) -> int:
         keep = (self._boot_fd, control_fd, page_fd, self._lifeline)
         command = boots.command(
-            self._boot_fd, "whitepool_mp.worker.main", slot, control_fd, page_fd, self._lifeline
+            self._boot.interpreter,
+            self._boot_fd,
+            "whitepool_mp.worker.main",
+            slot,
+            control_fd,
+            page_fd,
+            self._lifeline,
         )
         return self._fork_exec(command, keep)
 
@@ -232,24 +293,44 @@ class _Nursery:
 
 def _lokys_fork_exec() -> Any:
     """loky's `fork_exec`, from its own file: nothing else of loky is needed here, and importing the
-    package takes longer than all the rest of a start."""
-    from importlib import util
+    package takes longer than all the rest of a start. So does `subprocess`, of which that file
+    wants one constant."""
+    import _posixsubprocess  # noqa: F401  # for what it does; once here, for every middleman
+    from importlib.machinery import PathFinder, SourceFileLoader
 
-    package = util.find_spec("loky")  # finds it, and runs nothing of it
+    package = PathFinder.find_spec("loky")  # finds it, and runs nothing of it
     assert package is not None and package.submodule_search_locations is not None
     path = os.path.join(package.submodule_search_locations[0], "backend", "fork_exec.py")
-    spec = util.spec_from_file_location("loky.backend.fork_exec", path)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType("loky.backend.fork_exec")
+    known = "subprocess" in sys.modules
+    if not known:
+        sys.modules["subprocess"] = _Subprocess("subprocess")
+    try:
+        SourceFileLoader(module.__name__, path).exec_module(module)
+    finally:
+        if not known:
+            del sys.modules["subprocess"]
     return module.fork_exec
+
+
+class _Subprocess(ModuleType):
+    """What loky's file takes for `subprocess`: the real one stands behind it."""
+
+    _USE_VFORK = True
+
+    def __getattr__(self, name: str) -> Any:
+        import subprocess
+
+        return getattr(subprocess, name)
 
 
 def remove(folder: str) -> None:
     """Remove a pool's folder, in which there is at most the socket."""
     for end, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
-        with contextlib.suppress(OSError):  # somebody was quicker
+        try:
             end(path)
+        except OSError:  # somebody was quicker
+            pass
 
 
 def kill_marked(pool_id: str) -> None:
@@ -264,10 +345,12 @@ def kill_marked(pool_id: str) -> None:
     while True:
         found = set()
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
+            try:
                 if process not in killed and process.environ().get(boots.MARKER) == pool_id:
                     process.kill()
                     found.add(process)
+            except (psutil.Error, OSError):  # it has ended, or is another user's
+                pass
         if not found:
             return
         killed |= found
