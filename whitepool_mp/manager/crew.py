@@ -99,7 +99,8 @@ class Crew:
             gone; the write end must exist in this process only.
         start_timeout: how long a worker may take to be born and ready, in seconds.
         nursery: the first nursery, already forked: its pid and this process's end to it.
-        first: the page and this process's end of a worker that it was told to start already.
+        first: of a worker that is on its way already: the page, this process's end, and the pid if
+            it is born.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Crew:
         lifeline: int,
         start_timeout: float,
         nursery: tuple[int, Socket],
-        first: tuple[int, Socket] | None,
+        first: tuple[int, Socket, int | None] | None,
     ) -> None:
         self._boot = boot
         self._loop = loop
@@ -148,11 +149,11 @@ class Crew:
             None, or why there cannot be one now (no descriptors or no processes left).
         """
         first, self._first = self._first, None
-        theirs = None
+        theirs = pid = None
         page = -1
         try:
             if first is not None and (worker, slot) == nurseries.FIRST:
-                page, ours = first  # it is on its way
+                page, ours, pid = first  # it is on its way
             else:
                 if self._nursery is None:
                     self._take_nursery(*nurseries.fork(self._boot, self._lifeline))
@@ -167,6 +168,8 @@ class Crew:
         if theirs is not None:
             self._orders.append((worker, slot, theirs, page))
             self._send_orders()
+        elif pid is not None:
+            self._born(hand, pid)
         return None
 
     def retire(self, worker: int) -> None:
@@ -355,19 +358,23 @@ class Crew:
                 self._nursery_word = data[1:].decode("utf-8", "replace")
                 continue
             kind, worker, pid = nurseries.BORN.unpack_from(data)
-            hand = self._unborn.pop(worker, None)
+            hand = self._unborn.get(worker)
             if hand is None:
                 continue
             if kind == nurseries.UNBORN_KIND:
                 text = data[nurseries.BORN.size :].decode("utf-8", "replace")
                 self._bury(hand, None, None, f"no process could be started: {text}")
                 continue
-            hand.pid = pid
-            self._by_pid[pid] = hand
-            # Not listened to before: a quick worker's READY can overtake the news of its birth.
-            self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
-            if hand.kill_reason is not None:
-                _kill_group(pid)
+            self._born(hand, pid)
+
+    def _born(self, hand: Hand, pid: int) -> None:
+        del self._unborn[hand.worker]
+        hand.pid = pid
+        self._by_pid[pid] = hand
+        # Not listened to before: a quick worker's READY can overtake the news of its birth.
+        self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
+        if hand.kill_reason is not None:
+            _kill_group(pid)
 
     def _lose_nursery(self) -> None:
         assert self._nursery is not None

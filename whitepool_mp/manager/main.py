@@ -31,7 +31,7 @@ def main(boot_fd: int, listener_fd: int) -> NoReturn:
     # Whatever the thread that made the pool had blocked: deaths are told by signals here.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     boot = boots.read(boot_fd)
-    os.close(boot_fd)
+    os.set_inheritable(boot_fd, False)
     code = 1
     try:
         _stand_apart()
@@ -39,8 +39,8 @@ def main(boot_fd: int, listener_fd: int) -> NoReturn:
         if owner is not None:
             # The write end is never used and never closed: its end-of-file is this process's death.
             lifeline, _ = os.pipe2(os.O_CLOEXEC)
-            nursery = nurseries.fork(boot, lifeline)
-            first = nurseries.order_first(nursery[1])
+            nursery, first = nurseries.begin(boot, boot_fd, lifeline)
+            os.close(boot_fd)
             from whitepool_mp.manager.service import serve
 
             serve(boot, listener_fd, owner, lifeline, nursery, first)

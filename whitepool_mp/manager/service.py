@@ -40,7 +40,7 @@ def serve(
     owner: int,
     lifeline: int,
     nursery: tuple[int, Socket],
-    first: tuple[int, Socket] | None,
+    first: tuple[int, Socket, int | None] | None,
 ) -> None:
     """Serve a pool until it has ended.
 
@@ -50,7 +50,7 @@ def serve(
         owner: a descriptor that is readable once the owner has ended.
         lifeline: the read end of the pipe whose other end is this process's alone.
         nursery: the nursery's pid and this process's end to it.
-        first: of the worker that was ordered from it already, as `nursery.order_first`.
+        first: of the worker that was started or ordered already, as from `nursery.begin`.
     """
     policy = Policy(*boot.policy)
     loop = Loop()

@@ -33,7 +33,6 @@ from whitepool_mp.worker import linux
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable
     from types import ModuleType
     from typing import Any, NoReturn
 else:
@@ -106,25 +105,42 @@ def order(nursery: Socket, worker: int, slot: int, control: Socket, page: int) -
     descriptors.send(nursery, SPAWN.pack(SPAWN_KIND, worker, slot), [control.fileno(), page])
 
 
-def order_first(nursery: Socket) -> tuple[int, Socket] | None:
-    """Order the `FIRST` worker, before there is a broker to say so: it starts meanwhile.
+def begin(
+    boot: Boot, boot_fd: int, lifeline: int
+) -> tuple[tuple[int, Socket], tuple[int, Socket, int | None] | None]:
+    """Fork the nursery, and have the `FIRST` worker started before there is a broker to say so.
+
+    That of a nursery which only starts interpreters is started here, which saves two forks.
+
+    Args:
+        boot: what the pool's processes were told at the start.
+        boot_fd: the memory file that says it.
+        lifeline: the read end of the manager's pipe.
 
     Returns:
-        Its page and the manager's end of the socket pair; None if that could not be done, and the
-        broker is to order it as any other.
+        As from `fork`; and the worker's page, the manager's end of the socket pair and, if it is
+        born already, its pid. None if there is no such worker: the broker will order it as any
+        other, and is told then what is wrong.
     """
+    pid = None
     try:
         page, ours, theirs = furnish()
     except OSError:
-        return None
+        return fork(boot, lifeline), None
     with theirs:
         try:
-            order(nursery, *FIRST, theirs, page)
-        except OSError:
+            if boot.start_method == "loky":
+                pid = _exec(boot, boot_fd, FIRST[1], theirs.fileno(), page, lifeline)
+            nursery = fork(boot, lifeline)
+            if pid is None:
+                order(nursery[1], *FIRST, theirs, page)
+        except Exception:
+            if pid is not None:
+                raise  # there is no nursery: this is the end of the pool
             ours.close()
             os.close(page)
-            return None
-    return page, ours
+            return fork(boot, lifeline), None
+    return nursery, (page, ours, pid)
 
 
 def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
@@ -169,12 +185,11 @@ class _Nursery:
         self._sock = sock
         self._lifeline = lifeline
         self._boot_fd = -1
-        self._fork_exec: Callable[[list[str], tuple[int, ...]], int]
 
     def run(self) -> None:
         os.environ.update(self._boot.env)
         if self._boot.start_method == "loky":
-            self._fork_exec = _lokys_fork_exec()
+            _lokys_fork_exec()
             self._boot_fd = boots.write(self._boot)
         else:
             import whitepool_mp.worker.main  # noqa: F401
@@ -255,7 +270,7 @@ class _Nursery:
     def _middleman(self, worker: int, slot: int, control_fd: int, page_fd: int) -> NoReturn:
         try:
             if self._boot.start_method == "loky":
-                pid = self._exec(slot, control_fd, page_fd)
+                pid = _exec(self._boot, self._boot_fd, slot, control_fd, page_fd, self._lifeline)
             else:
                 pid = os.fork()
                 if pid == 0:
@@ -269,19 +284,6 @@ class _Nursery:
         finally:
             os._exit(0)
 
-    def _exec(self, slot: int, control_fd: int, page_fd: int) -> int:
-        keep = (self._boot_fd, control_fd, page_fd, self._lifeline)
-        command = boots.command(
-            self._boot.interpreter,
-            self._boot_fd,
-            "whitepool_mp.worker.main",
-            slot,
-            control_fd,
-            page_fd,
-            self._lifeline,
-        )
-        return self._fork_exec(command, keep)
-
     def _clean_up(self) -> None:
         """The manager is gone. If it went in order there is nothing left to do here."""
         folder = self._boot.folder
@@ -291,10 +293,25 @@ class _Nursery:
         kill_marked(self._boot.pool_id)
 
 
+def _exec(boot: Boot, boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) -> int:
+    """Start a fresh interpreter that is a worker; its pid."""
+    numbers = slot, control_fd, page_fd, lifeline
+    command = boots.command(boot.interpreter, boot_fd, "whitepool_mp.worker.main", *numbers)
+    keep = boot_fd, control_fd, page_fd, lifeline
+    pid: int = _lokys_fork_exec()(command, keep, boot.env)
+    return pid
+
+
+_fork_exec: Any = None
+
+
 def _lokys_fork_exec() -> Any:
     """loky's `fork_exec`, from its own file: nothing else of loky is needed here, and importing the
     package takes longer than all the rest of a start. So does `subprocess`, of which that file
     wants one constant."""
+    global _fork_exec
+    if _fork_exec is not None:
+        return _fork_exec
     import _posixsubprocess  # noqa: F401  # for what it does; once here, for every middleman
     from importlib.machinery import PathFinder, SourceFileLoader
 
@@ -310,7 +327,8 @@ def _lokys_fork_exec() -> Any:
     finally:
         if not known:
             del sys.modules["subprocess"]
-    return module.fork_exec
+    _fork_exec = module.fork_exec
+    return _fork_exec
 
 
 class _Subprocess(ModuleType):
