@@ -368,3 +368,10 @@ class HangsLater:
         if number > self.times:
             read_pipe(self.pipe)
         return number
+
+
+def hoard() -> None:
+    """Open files until there are no descriptors left."""
+    taken = []
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))

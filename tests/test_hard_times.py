@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import threading
 
+import deeds
 import pytest
 from support import until
 from user_script import script
 
 from whitepool_mp import FactoryFailed, Pool, WorkerDied, testing
+from whitepool_mp.worker import serve
 
 SOON = 20
 
@@ -151,3 +154,17 @@ def test_an_owner_that_ignores_sigchld_can_end_a_pool_whose_manager_died(start_m
         assert client.hear() is False
         _, err = client.finish()
     assert "Traceback" not in err
+
+
+def test_a_call_that_used_up_all_descriptors_says_so(start_method):
+    with Pool(1, start_method=start_method) as session:
+        for _ in range(2):
+            with session.checkout(SOON) as lease:
+                with pytest.raises(OSError, match="Too many open files") as caught:
+                    lease.call(deeds.hoard, timeout=SOON)
+                assert "Too many open files" in str(caught.value.__cause__)
+
+
+def test_an_exception_is_told_without_the_module_for_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "traceback", None)
+    assert serve.told(OSError(24, "Too many"), None) == "OSError(24, 'Too many')\n"

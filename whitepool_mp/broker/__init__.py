@@ -3,7 +3,7 @@
     broker = Broker(policy)
     effects = broker.step(Checkout(client=1, ticket=1, block=True, deadline=None), now)
 
-It imports nothing but its own modules and `whitepool_mp.config`; a test says so. `core` holds the
+It imports nothing but its own modules, the policy and records; a test says so. `core` holds the
 rules.
 """
 

@@ -308,4 +308,4 @@ def told(error: BaseException, trace: TracebackType | None) -> str:
 
         return "".join(traceback.format_exception(type(error), error, trace))
     except Exception:
-        return f"{type(error).__name__}: {payload.shorten(error, 1000)}\n"
+        return f"{payload.shorten(error, 1000)}\n"
