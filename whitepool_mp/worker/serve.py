@@ -169,6 +169,7 @@ class Server(Calls):
         else:
             raise ProtocolError(f"a client sent a message of kind {message.kind}")
 
+
 def flush_output() -> None:
     """Write out what user code printed; a closed or broken output is its own business."""
     for stream in (sys.stdout, sys.stderr):
