@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac  # noqa: F401  # for `auth`: there may be no descriptor to import it with
 import math
 import os
 import select

@@ -60,8 +60,6 @@ def serve(
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))
     manager.start(crew, door)
-    import hmac  # noqa: F401  # for the first client; the nursery has its order meanwhile
-
     gc.freeze()
     gc.enable()
     crew.reap()  # of a nursery that died before its death could be told by a signal
