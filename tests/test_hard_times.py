@@ -14,7 +14,7 @@ from support import until
 from user_script import script
 
 from whitepool_mp import FactoryFailed, Pool, WorkerDied, testing
-from whitepool_mp.worker import serve
+from whitepool_mp.worker import calls
 
 SOON = 20
 
@@ -167,4 +167,4 @@ def test_a_call_that_used_up_all_descriptors_says_so(start_method):
 
 def test_an_exception_is_told_without_the_module_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "traceback", None)
-    assert serve.told(OSError(24, "Too many"), None) == "OSError(24, 'Too many')\n"
+    assert calls.told(OSError(24, "Too many"), None) == "OSError(24, 'Too many')\n"
