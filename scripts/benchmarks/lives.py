@@ -189,8 +189,9 @@ def rest() -> list[Row]:
             [Goal("bound", 4)],
             params={"whose": "worker"},
             rounds=3,
-            note="After a few no-ops. Workers forked from the caller share its memory until they "
-            "write to it.",
+            note="The larger one, after a few no-ops whose module imports nothing. Workers forked "
+            "from the caller share its memory until they write to it; ours share that of the "
+            "process they are forked from, the first one less of it (docs/design.md).",
             seat=own,
         ),
         *(

@@ -7,7 +7,7 @@ computes. The two sides hash under different names, so neither proof can be play
 other.
 
 The hash is BLAKE2b, which takes a key itself (RFC 7693) and needs no HMAC around it. Python brings
-it along; what `hmac` and `hashlib` import, OpenSSL, takes some milliseconds to load, while the first
+it along; what `hmac` and `hashlib` import, OpenSSL, takes some milliseconds to load, and the first
 client waits.
 """
 

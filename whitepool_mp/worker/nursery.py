@@ -185,6 +185,7 @@ class _Nursery:
         self._sock = sock
         self._lifeline = lifeline
         self._boot_fd = -1
+        self._usual = False
 
     def run(self) -> None:
         os.environ.update(self._boot.env)
@@ -212,6 +213,8 @@ class _Nursery:
             if not data:
                 break
             _, worker, slot = SPAWN.unpack(data)
+            if (worker, slot) != FIRST:
+                self._import_usual()
             self._spawn(worker, slot, fds)
         self._clean_up()
 
@@ -240,13 +243,25 @@ class _Nursery:
 
     def _warm_up(self) -> None:
         """Nothing to do just now: import what the next workers may want."""
+        self._import_usual()
         if self._boot.start_method == "forkserver":
-            import signal  # noqa: F401
-            import socket  # noqa: F401
-
-            import cloudpickle  # noqa: F401  # and with it `typing`, `pickle`, `traceback`, ...
+            import cloudpickle  # noqa: F401
 
             gc.freeze()
+
+    def _import_usual(self) -> None:
+        """Import what most user code does, once for all workers but the first: that one cannot wait
+        so long."""
+        if self._usual or self._boot.start_method != "forkserver":
+            return
+        import signal  # noqa: F401
+        import socket  # noqa: F401
+        import threading  # noqa: F401
+        import traceback  # noqa: F401
+        import typing  # noqa: F401
+
+        self._usual = True
+        gc.freeze()
 
     def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
         sys.stdout.flush()
