@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share; and
 how long its input may take."""
+LEAST_SECONDS = 0.0005
+"""How long it should run at least, also where the workers are to finish together."""
 LARGEST_CHUNK = 1024
 BULK_SECONDS = 0.05
 """The same for plain values of a sequence: they are there already, and cost little to send, and to
@@ -102,7 +104,9 @@ class MapJob:
         size = int(seconds / self._mean) if self._mean > 0 else largest
         if self.total is not None:
             # Towards the end in smaller ones, so that the workers finish together.
-            size = min(size, (self.total - self.read) // (2 * self.member.capacity))
+            least = int(LEAST_SECONDS / self._mean) if self._mean > 0 else 1
+            share = (self.total - self.read) // (2 * self.member.capacity)
+            size = min(size, max(share, least))
         return max(1, min(size, largest))
 
     @property
@@ -224,7 +228,7 @@ class MapJob:
     def returned(
         self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
     ) -> None:
-        self._learn(seconds)
+        self._learn(seconds, count)
         self.ended += count
         self._results.append((index, None, (count, skip, results)))
         self.notify()
@@ -232,11 +236,12 @@ class MapJob:
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         self._put(index, False, error)
 
-    def _learn(self, seconds: float) -> None:
-        """A call took so long."""
+    def _learn(self, seconds: float, count: int = 1) -> None:
+        """So many calls took so long each."""
         if not seconds:
             return  # not known
-        self._mean = seconds if not self._mean else 0.8 * self._mean + 0.2 * seconds
+        old = 0.8**count if self._mean else 0.0
+        self._mean = old * self._mean + (1 - old) * seconds
 
     def _put(self, index: int, returned: bool, value: Any) -> None:
         self.ended += 1
