@@ -749,12 +749,13 @@ def test_a_shutdown_lets_another_process_finish_its_jobs(
         tell("submitted")
         assert [future.result(20) for future in (first, *futures)] == list(range(2000))
         for attempt in (lambda: session.submit(abs, -1).result(20), lambda: session.run(abs, -1),
-                        lambda: session.checkout()):
-            try:
-                attempt()
-                tell("served")
-            except PoolClosed:
-                tell("closed")
+                        lambda: session.checkout().checkin()):
+            while True:  # the news of the shutdown may be on its way
+                try:
+                    attempt()
+                except PoolClosed:
+                    break
+            tell("closed")
     """
     session = Pool(size, start_method=start_method).run_service()
     try:
@@ -776,8 +777,8 @@ def test_a_shutdown_lets_another_process_finish_its_jobs(
         session.terminate()
 
 
-def test_a_shutdown_at_any_moment_of_another_process_s_burst_loses_no_job(tmp_path: Path) -> None:
-    """Also when all of its jobs have been sent to workers, and none waits for one."""
+def test_a_shutdown_at_any_moment_of_another_process_s_burst_loses_no_job() -> None:
+    """Each is served or refused, also when all have been sent to workers and none waits for one."""
     code = f"""
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import errands
@@ -793,8 +794,7 @@ def test_a_shutdown_at_any_moment_of_another_process_s_burst_loses_no_job(tmp_pa
             for number, future in enumerate(futures):
                 try:
                     assert future.result(20) == number * number
-                    assert not failed, "one that came after those that were refused"
-                except PoolClosed:
+                except PoolClosed:  # the pool cannot have known of it
                     failed += 1
             if failed:
                 break
