@@ -55,6 +55,17 @@ def noted(path):
         return []
 
 
+def count(path, number, seconds=0.0):
+    """Add a number to a file, in one write, take so many seconds, and return it."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(fd, b"%d\n" % number)
+    finally:
+        os.close(fd)
+    time.sleep(seconds)
+    return number
+
+
 # --- deaths -----------------------------------------------------------------------------------
 
 
@@ -298,6 +309,22 @@ def take_memory():
         return len(bytearray(1 << 30))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def leave_daemon(path):
+    """Leave a process that has detached itself, note its pid, and die."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        if os.fork() == 0:
+            note(path)
+            while True:
+                signal.pause()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    while not noted(path):
+        time.sleep(0.01)
+    kill_self()
 
 
 def linger(path, deed="stay"):

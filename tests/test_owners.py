@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +23,6 @@ from user_script import script
 from whitepool_mp import (
     AuthenticationFailed,
     CheckoutTimeout,
-    ManagerDied,
     Pool,
     PoolClosed,
     Session,
@@ -168,58 +166,6 @@ def test_a_stopped_owner_changes_nothing_and_goes_on(start_method: str) -> None:
 
 
 # --- the manager ------------------------------------------------------------------------------
-
-
-def test_the_manager_killed_ends_everything_and_everybody_is_told(
-    session: Session, threads: ThreadPoolExecutor
-) -> None:
-    everyone = [manager(session), nursery(session), *workers(session, 2)]
-    folder = Path(session._member.path).parent
-    idle = session.checkout(timeout=SOON)
-    running = threads.submit(session.run, time.sleep, 1000)
-    until(lambda: any(row.calls for row in session.workers()))
-    waiting = [threads.submit(session.checkout, None), threads.submit(session.run, pow, 1, 1)]
-    queued = session.submit(pow, 1, 1)
-    until(lambda: session.status().waiting == 3)
-    began = time.monotonic()
-    kill(everyone[0])
-    for future in (running, *waiting, queued):
-        error = future.exception(SOON)
-        assert isinstance(error, ManagerDied), repr(error)
-        assert "signal 9" in str(error)
-    assert elapsed(began) < 5
-    with pytest.raises(ManagerDied):
-        idle.call(pow, 1, 1, timeout=SOON)
-    gone(*everyone)
-    until(lambda: not folder.exists())
-
-
-def test_the_manager_killed_idle_is_ManagerDied_for_every_later_use(session: Session) -> None:
-    everyone = [manager(session), nursery(session), *workers(session, 2)]
-    kill(everyone[0])
-    gone(*everyone)
-    for use in (session.checkout, session.status, session.workers, session.submit):
-        with pytest.raises(ManagerDied, match="make a new one"):
-            use(pow) if use == session.submit else use()  # type: ignore[operator]
-    session.terminate()
-
-
-def test_the_manager_killed_under_a_submitted_job_ends_its_future(session: Session) -> None:
-    running, batch = session.submit(time.sleep, 1000), session.map(time.sleep, [0, 1000])
-    next(batch)
-    until(lambda: sum(row.calls > 0 for row in session.workers()) == 2)
-    kill(manager(session))
-    assert isinstance(running.exception(SOON), ManagerDied)
-    with pytest.raises(ManagerDied):
-        next(batch)
-
-
-def test_the_manager_killed_while_it_starts_workers_leaves_nothing(start_method: str) -> None:
-    session = Pool(4, start_method=start_method).run_service()
-    kill(manager(session))
-    with pytest.raises(ManagerDied):
-        session.checkout(timeout=SOON)
-    session.terminate()
 
 
 def test_a_stopped_manager_costs_a_checkout_its_deadline_and_no_worker(session: Session) -> None:

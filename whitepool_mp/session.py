@@ -126,15 +126,16 @@ class Session:
         if member.closed or member.draining:
             raise member.closing()
         site = caller_site()
-        deadline = None if seconds is None else time.monotonic() + (seconds or INSTANT)
+        now = time.monotonic()
+        deadline = None if seconds is None else now + (seconds or INSTANT)
         try:
             link = member.link(deadline)
         except TimedOut:
             raise self._unanswered(seconds) from None
         number = link.next_number()
         try:
-            link.send(frames.checkout(number, block, deadline, site, keep))
-            body = link.wait(number, deadline)
+            data = frames.checkout(number, block, deadline, site, keep, asked=now)
+            body = link.ask(number, data, deadline)
             if body[0] == frames.GRANT:
                 return Hold(link, frames.read_grant(body))
         except TimedOut:
@@ -144,8 +145,8 @@ class Session:
         except BaseException:
             # Interrupted: whatever the manager answers, or has answered, is void.
             try:
-                link.send(frames.request(frames.CANCEL, number))
-            except LinkBroken:
+                link.say(frames.request(frames.CANCEL, number))
+            except (LinkBroken, TimedOut):
                 pass  # then there is no worker to give back either
             raise
         raise refusal(frames.read_refused(body), member.name, seconds, block)
@@ -153,11 +154,10 @@ class Session:
     def _too_late(self, number: int, seconds: float | None) -> Exception:
         """Cancel a checkout whose time is up; the manager's answer says what was in the way."""
         member = self._member
-        link = member.link()
+        until = time.monotonic() + _CANCEL_SECONDS
         try:
-            link.send(frames.request(frames.CANCEL, number))
-            until = time.monotonic() + _CANCEL_SECONDS
-            body = link.wait(number, until)
+            link = member.link(until)
+            body = link.ask(number, frames.request(frames.CANCEL, number), until)
             if body[0] == frames.GRANT:  # it crossed the cancel, which makes it a checkin
                 body = link.wait(number, until)
             return refusal(frames.read_refused(body), member.name, seconds, None)
@@ -433,7 +433,7 @@ class Session:
         self._member.capacity = size + overflow
 
     def _ask(self, kind: int) -> Any:
-        return self._answered(lambda link, until: link.ask(kind, until))
+        return self._answered(lambda link, until: link.question(kind, until))
 
     def _answered(self, question: Callable[[Link, float], Any]) -> Any:
         """Put a question to the manager, which may be gone, or stopped."""
@@ -496,7 +496,7 @@ class Session:
             engine = member.running_engine()
             if engine is not None and not engine.wait_idle(deadline):
                 raise TimedOut
-            member.link(deadline).ask(frames.DRAIN, deadline)
+            member.link(deadline).question(frames.DRAIN, deadline)
         except TimedOut:
             raise self._cut_short(seconds) from None
         except (LinkBroken, PoolClosed, ManagerDied):
@@ -521,7 +521,8 @@ class Session:
                 f"worker {row.slot} (pid {row.pid}), leased for {row.since:.1f} s by process "
                 f"{row.holder_pid} at {row.site}"
                 for row in (
-                    WorkerInfo(**r) for r in self._member.link(until).ask(frames.WORKERS, until)
+                    WorkerInfo(**r)
+                    for r in self._member.link(until).question(frames.WORKERS, until)
                 )
                 if row.state == "leased"
             ]
@@ -545,7 +546,7 @@ class Session:
             member.draining = True
             try:
                 deadline = time.monotonic() + _TERMINATE_SECONDS
-                member.link(deadline).ask(frames.TERMINATE, deadline)
+                member.link(deadline).question(frames.TERMINATE, deadline)
             except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
                 pass  # it is gone, or stuck, which its owner will see
         member.close()

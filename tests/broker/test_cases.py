@@ -264,11 +264,11 @@ def test_the_broker_keeps_no_timer_for_waiters() -> None:
     assert bench.step(Tick(), at=6.0) == []
 
 
-def test_a_ticket_that_is_open_already_is_counted_and_ignored() -> None:
+def test_a_ticket_that_is_open_already_is_counted_and_told_again() -> None:
     bench = Bench.ready(1)
-    bench.step(Checkout(ALICE, 1, True, None))
+    granted = bench.step(Checkout(ALICE, 1, True, None))
     bench.step(Checkout(ALICE, 2, True, None))
-    assert bench.step(Checkout(ALICE, 1, True, None)) == []
+    assert bench.step(Checkout(ALICE, 1, True, None)) == granted
     assert bench.step(Checkout(ALICE, 2, True, None)) == []
     assert bench.counter("duplicate_checkouts") == 2
     assert bench.counts == (0, 0, 1, 0, 1)

@@ -69,7 +69,7 @@ from __future__ import annotations
 
 import math
 
-from whitepool_mp.broker.effects import Effect, Why
+from whitepool_mp.broker.effects import Effect, Grant, Kill, Retire, Why
 from whitepool_mp.broker.errors import BrokerError
 from whitepool_mp.broker.events import (
     Busy,
@@ -82,6 +82,7 @@ from whitepool_mp.broker.events import (
     Event,
     Released,
     Resize,
+    Resume,
     Start,
     Terminate,
     Tick,
@@ -90,7 +91,7 @@ from whitepool_mp.broker.events import (
     WorkerReady,
 )
 from whitepool_mp.broker.moves import Moves, oldest
-from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, Waiter, Worker
+from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, RETIRING, Waiter, Worker
 from whitepool_mp.broker.status import BrokerStatus
 from whitepool_mp.policy import Policy
 
@@ -138,6 +139,7 @@ class Broker(Moves):
             raise BrokerError(f"expected one of {expected}; got {event!r}")
         now = max(now, self._now)
         effects: list[Effect] = []
+        self._roster.changed.clear()
         handler(self, event, now, effects)
         self._now = now
         return effects
@@ -191,6 +193,11 @@ class Broker(Moves):
         """Iterate over all workers that have not exited, oldest first; read them only."""
         return iter(self._roster.known.values())
 
+    def changed(self) -> list[Worker]:
+        """The workers whose state, lease or existence the last step changed, some of them more than
+        once; read them only."""
+        return self._roster.changed
+
     def kept_workers(self) -> Iterator[Worker]:
         """Iterate over the workers under kept leases, recalled ones included; read them only."""
         return iter(self._roster.keeps.leases.values())
@@ -220,6 +227,9 @@ class Broker(Moves):
         tickets = self._clients.get(client)
         if tickets is not None and ticket in tickets:
             self._counters["duplicate_checkouts"] += 1
+            held = tickets[ticket]
+            if type(held) is Worker and held.lease is not None:
+                out.append(Grant(client, ticket, held.lease, held.id, held.kept))
             return
         deadline = math.inf if until is None else until
         refusal = self._objection(event, deadline, now)
@@ -372,6 +382,26 @@ class Broker(Moves):
         self._handlers = _AFTER_START
         self._grow(now, out)
 
+    def _on_resume(self, event: Resume, now: float, out: list[Effect]) -> None:
+        sizes = event.pool_size, event.max_overflow
+        if min(sizes) < 0 or sum(sizes) < 1:
+            raise BrokerError(f"expected sizes >= 0 with a sum >= 1; got {sizes!r}")
+        self._roster.resume(event)
+        self._handlers = _AFTER_START
+        self._pool_size = event.pool_size
+        self._limit = sum(sizes)
+        for worker in self._roster.known.values():
+            # The other broker decided this, and may not have lived to see it done.
+            if worker.state is RETIRING:
+                out.append(Retire(worker.id))
+            elif worker.state is KILLED:
+                out.append(Kill(worker.id, ""))
+            elif worker.state is LEASED:
+                assert worker.client is not None
+                assert worker.ticket is not None
+                self._clients.setdefault(worker.client, {})[worker.ticket] = worker
+        self._settle(now, out)
+
     def _on_tick(self, event: Tick, now: float, out: list[Effect]) -> None:
         roster = self._roster
         policy = self._policy
@@ -441,7 +471,7 @@ if TYPE_CHECKING:
     # The event types are the keys, so what a handler takes is known only to itself.
     _Handlers = dict[type, Callable[[Broker, Any, float, list[Effect]], None]]
 
-_BEFORE_START: _Handlers = {Start: Broker._on_start}
+_BEFORE_START: _Handlers = {Start: Broker._on_start, Resume: Broker._on_resume}
 
 _AFTER_START: _Handlers = {
     Checkout: Broker._on_checkout,

@@ -13,6 +13,10 @@ from __future__ import annotations
 
 from whitepool_mp.records import Record
 
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    from whitepool_mp.broker.state import WorkerState
+
 __all__ = [
     "Busy",
     "Cancel",
@@ -24,6 +28,8 @@ __all__ = [
     "Event",
     "Released",
     "Resize",
+    "Resume",
+    "Resumed",
     "Start",
     "Terminate",
     "Tick",
@@ -37,8 +43,43 @@ class Start(Record):
     """The first event, once: start `pool_size` workers."""
 
 
+class Resumed(Record):
+    """A worker that another broker had, as far as it is known; as in `state.Worker`."""
+
+    id: int
+    slot: int
+    state: WorkerState
+    born: float
+    since: float
+    leases_served: int = 0
+    lease: int | None = None
+    client: int | None = None
+    ticket: int | None = None
+    kept: bool = False
+    spare_own: bool = False
+
+
+class Resume(Record):
+    """The first event, instead of `Start`, once: go on where another broker stopped.
+
+    Those whose process has ended meanwhile are among the workers; their `WorkerExited` comes next.
+    Whoever waited asks again.
+
+    Args:
+        workers: all whose exit was not reported to the other one.
+        pool_size, max_overflow: the sizes in force.
+        last_worker, last_lease: the last numbers that it gave.
+    """
+
+    workers: tuple[Resumed, ...]
+    pool_size: int
+    max_overflow: int
+    last_worker: int
+    last_lease: int
+
+
 class Checkout(Record):
-    """A client asks for a worker.
+    """A client asks for a worker. Asked twice, it is told twice what it was granted.
 
     Args:
         client: who asks.
@@ -144,6 +185,7 @@ class Terminate(Record):
 
 Event = (
     Start
+    | Resume
     | Checkout
     | Cancel
     | Checkin

@@ -9,22 +9,29 @@ keep in step. Every method is O(1), or O(log slots) where a slot changes hands.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 
 from whitepool_mp.broker.errors import BrokerError
+from whitepool_mp.broker.events import Resume
 from whitepool_mp.broker.keeps import Keeps
-from whitepool_mp.broker.state import BOOTING, IDLE, LEASED, RETIRING, Worker, WorkerState
+from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, RETIRING, Worker, WorkerState
 
 __all__ = ["Roster"]
 
 
 class Roster:
-    """The workers of a pool. It keeps records and makes no decisions."""
+    """The workers of a pool. It keeps records and makes no decisions.
 
-    __slots__ = ("_free", "_last_lease", "_last_worker", "booting", "idle", "keeps", "known",
-                 "leases", "retiring")  # fmt: skip
+    Attributes:
+        changed: the workers whose record changed, since whoever looks at it emptied it.
+    """
+
+    __slots__ = ("_free", "_last_lease", "_last_worker", "booting", "changed", "idle", "keeps",
+                 "known", "leases", "retiring")  # fmt: skip
 
     def __init__(self) -> None:
+        self.changed: list[Worker] = []
         self.known: dict[int, Worker] = {}
         self.booting: OrderedDict[int, Worker] = OrderedDict()
         self.idle: OrderedDict[int, Worker] = OrderedDict()
@@ -64,7 +71,50 @@ class Roster:
         self._last_worker += 1
         worker = Worker(self._last_worker, slot, now, wave)
         self.known[worker.id] = self.booting[worker.id] = worker
+        self.changed.append(worker)
         return worker
+
+    def resume(self, event: Resume) -> None:
+        """Take over the workers of another roster; this one is empty.
+
+        Raises:
+            BrokerError: two of them cannot be in one pool, or a number is above the last. Nothing
+                has changed.
+        """
+        alive = [each for each in event.workers if each.state in (BOOTING, IDLE, LEASED)]
+        leases = [each.lease for each in alive if each.state is LEASED]
+        for what, numbers, last in (
+            ("worker", [each.id for each in event.workers], event.last_worker),
+            ("lease", leases, event.last_lease),
+            ("slot", [each.slot for each in alive], math.inf),
+        ):
+            if len(set(numbers)) != len(numbers):
+                raise BrokerError(f"expected every {what} once; got {sorted(map(repr, numbers))}")
+            if any(number is None or not 0 <= number <= last for number in numbers):
+                raise BrokerError(f"expected {what} numbers up to {last}; got {numbers!r}")
+        self._last_worker = event.last_worker
+        self._last_lease = event.last_lease
+        taken = {each.slot for each in alive}
+        self._free = [slot for slot in range(max(taken, default=-1) + 1) if slot not in taken]
+        for each in sorted(event.workers, key=lambda each: each.since):
+            worker = Worker(each.id, each.slot, each.born, 0)
+            worker.state = state = each.state
+            worker.since = each.since
+            worker.leases_served = each.leases_served
+            self.known[worker.id] = worker
+            if state is LEASED:
+                assert each.lease is not None
+                worker.lease, worker.client, worker.ticket = each.lease, each.client, each.ticket
+                self.leases[each.lease] = worker
+                if each.kept:
+                    self.keeps.add(worker, each.spare_own)
+            elif state is not KILLED:
+                self._of(state)[worker.id] = worker
+            self.changed.append(worker)
+
+    def _of(self, state: WorkerState) -> OrderedDict[int, Worker]:
+        """The container of a state that has workers by their numbers."""
+        return {BOOTING: self.booting, IDLE: self.idle, RETIRING: self.retiring}[state]
 
     def detach(self, worker: Worker) -> None:
         """Take a worker out of its state's container, on its way to another one."""
@@ -87,6 +137,7 @@ class Roster:
         worker.state = IDLE
         worker.since = now
         self.idle[worker.id] = worker
+        self.changed.append(worker)
 
     def lease(self, worker: Worker, client: int, ticket: int, now: float) -> int:
         """Lease a detached worker, under a number higher than all before."""
@@ -98,6 +149,7 @@ class Roster:
         worker.ticket = ticket
         worker.leases_served += 1
         self.leases[lease] = worker
+        self.changed.append(worker)
         return lease
 
     def stop(self, worker: Worker, state: WorkerState, now: float) -> None:
@@ -108,9 +160,11 @@ class Roster:
         worker.since = now
         if state is RETIRING:
             self.retiring[worker.id] = worker
+        self.changed.append(worker)
 
     def forget(self, worker: Worker) -> None:
         """Strike a detached worker off; its slot is free if it was alive."""
         if worker.alive:
             heapq.heappush(self._free, worker.slot)
         del self.known[worker.id]
+        self.changed.append(worker)

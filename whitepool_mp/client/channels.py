@@ -43,8 +43,8 @@ class Channels(Requests):
         if channel is None and lease not in self._opening:
             self._opening.add(lease)
             number = next(self._numbers)
-            self._replies[number] = lambda body: self._heard_channel(lease, body)
-            self._say(frames.request_lease(frames.OPEN, number, lease.id))
+            data = frames.request_lease(frames.OPEN, number, lease.id)
+            self._send(number, data, lambda body: self._heard_channel(lease, body))
         return channel
 
     def _heard_channel(self, lease: EngineLease, body: bytes) -> None:

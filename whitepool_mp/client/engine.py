@@ -34,7 +34,7 @@ from typing import Any
 from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
-from whitepool_mp.client.link import Handshake, dial
+from whitepool_mp.client.link import JOINS, Handshake, LinkBroken, dial, new_link
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
@@ -59,7 +59,11 @@ class Engine(Channels):
         self._sock = dial(path)  # before the epoll: if it fails nothing has been opened
         self._sock.setblocking(False)
         super().__init__()
-        self._handshake: Handshake | None = Handshake(key, token)
+        self._joining = path, key, token
+        self._link = new_link()
+        self._generation = 0  # of the manager: none yet
+        self._joins = 0
+        self._handshake: Handshake | None = Handshake(key, token, self._link)
         self._decoder = frames.FrameDecoder()
         self._writing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -227,30 +231,68 @@ class Engine(Channels):
             data, fds = b"", []
         self._fds.extend(fds)
         if not data:
-            self._break(self._gone())
+            self._rejoin()
             return
         for body in self._decoder.feed(data):
             if self._handshake is not None:
-                try:
-                    answer = self._handshake.hear(body)
-                except WhitepoolError as error:
-                    self._break(error)
+                if not self._shake(self._handshake, body):
                     return
-                if answer is not None:
-                    with contextlib.suppress(OSError):  # it is gone: reading finds out
-                        self._sock.send(answer)
-                if self._handshake.done:
-                    self._handshake = None
                 continue
             if body[0] == frames.DRAINING:
                 self._take_in()  # these came before it
                 self.jobs.draining = True
                 continue
-            heard = self._replies.pop(frames.read_request(body), None)
+            heard = self._answered(body)
             if heard is not None:
                 heard(body)
             elif body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
                 raise ProtocolError("a channel that nobody asked for")
+
+    def _shake(self, handshake: Handshake, body: bytes) -> bool:
+        """Get on with joining; whether that goes well."""
+        try:
+            answer = handshake.hear(body)
+        except WhitepoolError as error:
+            self._break(error)
+            return False
+        if answer is not None:
+            with contextlib.suppress(OSError):  # it is gone: reading finds out
+                self._sock.send(answer)
+        if handshake.done:
+            self._handshake = None
+            self._joins = 0
+            if handshake.generation == self._generation:
+                self._break(self._gone())  # it closed the connection before this, and lives on
+                return False
+            if self._generation:
+                self._again()
+            self._generation = handshake.generation
+        return True
+
+    def _rejoin(self) -> None:
+        """The connection ended: join the manager that takes over, if there is to be one."""
+        path, key, token = self._joining
+        self._joins += 1
+        try:
+            sock = dial(path) if self._joins <= JOINS else None
+        except LinkBroken:
+            sock = None
+        if sock is None:
+            self._break(self._gone())
+            return
+        sock.setblocking(False)
+        fd = self._sock.fileno()
+        # In the place of the old one, which whoever cleans up knows. A duplicate is another entry
+        # for the epoll.
+        self._epoll.unregister(fd)
+        os.dup2(sock.fileno(), fd, inheritable=False)
+        sock.close()
+        self._epoll.register(fd, select.EPOLLIN)
+        self._writing = False
+        self._decoder = frames.FrameDecoder()
+        while self._fds:
+            os.close(self._fds.popleft())
+        self._handshake = Handshake(key, token, self._link)
 
     def _gone(self) -> WhitepoolError:
         member = self._member()

@@ -93,10 +93,15 @@ class Hold:
         """Give the worker back; and the channel, if the pool's member here is still there."""
         self.ended = how
         channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.page.words[pages.RETURNED] = self.id
         if member is not None:
             member.return_channel(self.worker, channel)
         self._tell_manager(frames.checkin(self.id))
         self.told = True
+        if channel is None and member is not None:
+            # There is no page to write it on, for the manager after one that dies over it.
+            member.make_sure(self.link)
 
     def abandon(self, how: str, reason: str) -> None:
         """Have the worker killed; the hold and its channel are over."""
@@ -109,14 +114,17 @@ class Hold:
         """Close the channel to a worker that is dead or was given up."""
         channel, self.channel = self.channel, None
         if channel is not None:
+            channel.page.words[pages.DESTROYED] = self.id
             channel.close()
 
     def interrupt(self, reason: str) -> None:
         """Have the worker killed under another thread's call, which finds its channel ended."""
         self.ended = f"ended ({reason})"
+        channel = self.channel
+        if channel is not None:
+            channel.page.words[pages.DESTROYED] = self.id
         self._tell_manager(frames.destroy(self.id, reason))
         self.told = True
-        channel = self.channel
         if channel is not None:
             channel.hang_up()
 
@@ -157,9 +165,9 @@ class Hold:
 
     def _tell_manager(self, data: bytes) -> None:
         try:
-            self.link.send(data)
-        except LinkBroken:
-            return  # the manager is gone, and every worker with it
+            self.link.say(data)
+        except (LinkBroken, TimedOut):
+            return  # the pool is gone, and every worker with it; or it will be said again
 
     def __del__(self) -> None:
         # Kept by a session that is gone, or an interrupt came between getting it and using it. (A

@@ -2,6 +2,10 @@
 
 Every request has a number and its answer carries it, so an answer to a request that was given up
 (timed out, interrupted) is known by its number when it comes late, and is dropped.
+
+If the manager is killed the link joins the one that the owner starts in its place, under the same
+number, and says again what may not have been heard: first what has no answer (a checkin), then what
+is waited for. What the manager granted it stays granted.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import auth, descriptors, frames
 
 _LONGEST_POLL = 2**31 - 1
+_DONTWAIT = socket.MSG_DONTWAIT
+_SAY_SECONDS = 10.0
+"""How long what has no answer may take to be said, when the manager has just died."""
+JOINS = 8
+"""How many connections in a row may end before the manager has let them in."""
 
 
 class LinkBroken(Exception):
@@ -96,11 +105,17 @@ class Handshake:
         key: the pool's key.
         member: 16 bytes that all connections of this process's membership have in common; what one
             of them was granted, each may use.
+        link: the connection's own number, by which the next manager knows it again.
+
+    Attributes:
+        generation: the how manieth manager of the pool it was, once `done`.
     """
 
-    def __init__(self, key: bytes, member: bytes) -> None:
+    def __init__(self, key: bytes, member: bytes, link: int) -> None:
         self._key = key
         self._member = member
+        self._link = link
+        self.generation = 0
         self._nonce = os.urandom(frames.NONCE_BYTES)
         self._expected: bytes | None = None
         self.done = False
@@ -117,12 +132,13 @@ class Handshake:
             self._expected = auth.server_proof(self._key, challenge, self._nonce)
             proof = auth.client_proof(self._key, challenge, self._nonce)
             thread = threading.current_thread().name
-            return frames.auth(self._nonce, proof, self._member, os.getpid(), thread)
+            return frames.auth(self._nonce, proof, self._member, os.getpid(), thread, self._link)
         if body[0] == frames.DENIED:
             raise AuthenticationFailed("the pool refused this session's key")
         if body[0] != frames.WELCOME or self._expected is None:
             raise ProtocolError(f"the peer sent a frame of kind {body[0]} while joining")
-        if not auth.same(self._expected, frames.read_nonce(body)):
+        proof, self.generation = frames.read_welcome(body)
+        if not auth.same(self._expected, proof):
             raise AuthenticationFailed(
                 "the process that listens there does not have the pool's key"
             )
@@ -146,40 +162,138 @@ class Link:
     """
 
     def __init__(self, path: str, key: bytes, member: bytes, deadline: float | None = None) -> None:
-        self._sock = dial(path, deadline)
+        self._joining = path, key, member
+        self._id = new_link()
         self._fds: deque[int] = deque()
-        self._decoder = frames.FrameDecoder()
         self._inbox: deque[bytes] = deque()
         self._expect_fds = False
         self._number = 0
+        self._asked: dict[int, bytes] = {}  # what is waited for, by number
+        self._said: deque[tuple[int, bytes]] = deque()  # after which request, and what
         # Reentrant: a lease that is collected while its own thread is sending checks itself in.
         self._send_lock = threading.RLock()
         self._poll = select.poll()
-        self._poll.register(self._sock.fileno(), select.POLLIN)
-        self.broken = False
+        self.broken = False  # not to be used for requests any more
+        self._over = False
         self.leases: dict[int, weakref.ref[Any]] = {}
-        try:
-            handshake = Handshake(key, member)
-            while not handshake.done:
-                answer = handshake.hear(self._receive(deadline))
-                if answer is not None:
-                    self.send(answer)
-        except BaseException:
-            self.close()
-            raise
+        self._sock, self._decoder, self._generation = self._join(deadline)
+        self._poll.register(self._sock.fileno(), select.POLLIN)
 
-    def send(self, data: bytes) -> None:
-        """Send a frame that has no answer.
+    def _join(self, deadline: float | None) -> tuple[socket.socket, frames.FrameDecoder, int]:
+        """A proven connection to whoever is the manager."""
+        path, key, member = self._joining
+        for _ in range(JOINS):
+            sock = dial(path, deadline)
+            try:
+                handshake, decoder = Handshake(key, member, self._id), frames.FrameDecoder()
+                while not handshake.done:
+                    sock.settimeout(
+                        None if deadline is None else max(0.001, deadline - time.monotonic())
+                    )
+                    data = sock.recv(4096)
+                    if not data:
+                        break
+                    for body in decoder.feed(data):
+                        if handshake.done:
+                            self._inbox.append(body)
+                        elif (answer := handshake.hear(body)) is not None:
+                            sock.sendall(answer)
+                else:
+                    sock.settimeout(None)
+                    return sock, decoder, handshake.generation
+                sock.close()
+            except TimeoutError:
+                sock.close()
+                raise TimedOut from None
+            except OSError:
+                sock.close()  # that manager died, or has no descriptor for us
+            except BaseException:
+                sock.close()
+                raise
+        raise LinkBroken("the manager closes every connection")
+
+    def _rejoin(self, seen: int, deadline: float | None) -> None:
+        """The connection ended: join the next manager, and say to it what this one may not have
+        heard.
+
+        Args:
+            seen: the generation of the manager whose connection ended.
+            deadline: until when to try, on the monotonic clock.
 
         Raises:
-            LinkBroken: the manager is gone.
+            TimedOut, LinkBroken: there is none; or it is the same one, which does not want this
+                connection.
         """
+        with self._send_lock:
+            if self._over:
+                raise LinkBroken("the pool is gone")
+            if self._generation != seen:
+                return  # another thread did it
+            try:
+                sock, decoder, generation = self._join(deadline)
+            except LinkBroken:
+                self.broken = self._over = True
+                raise
+            if generation == seen:
+                sock.close()
+                self.broken = self._over = True
+                raise LinkBroken("the manager closed the connection, and lives on")
+            said = [data for _, data in self._said]
+            said += [*self._asked.values(), frames.request(frames.REJOINED, 0)]
+            if not self._inbox:
+                while self._fds:
+                    os.close(self._fds.popleft())
+            self._decoder, self._generation = decoder, generation
+            # In the place of the old one, also for a thread that is waiting on that just now.
+            os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+            sock.close()
+            try:
+                self._sock.sendall(b"".join(said))
+            except OSError:
+                self._rejoin(generation, deadline)
+            except BaseException:
+                self.broken = True  # an interrupt: half a frame may have been sent
+                self._sock.shutdown(socket.SHUT_RDWR)
+                raise
+
+    def say(self, data: bytes) -> None:
+        """Send a frame that has no answer; it is said again should the manager die over it.
+
+        Raises:
+            LinkBroken: the pool is gone.
+        """
+        with self._send_lock:
+            self._said.append((self._number, data))
+            self._send(data, time.monotonic() + _SAY_SECONDS)
+
+    def ask(self, number: int, data: bytes, deadline: float | None) -> bytes:
+        """Send a request and wait for the body of its answer.
+
+        Args:
+            number: the request's.
+            data: its frame.
+            deadline: until when to wait, on the monotonic clock; None for ever.
+
+        Raises:
+            TimedOut: it did not come in time.
+            LinkBroken: the pool is gone.
+        """
+        self._asked[number] = data
         try:
-            with self._send_lock:
+            self._send(data, deadline)
+            return self.wait(number, deadline)
+        finally:
+            self._asked.pop(number, None)
+
+    def _send(self, data: bytes, deadline: float | None) -> None:
+        with self._send_lock:
+            seen = self._generation
+            try:
                 self._sock.sendall(data)
-        except OSError as error:
-            self.broken = True
-            raise LinkBroken(str(error)) from None
+                return
+            except OSError:
+                pass  # it is gone, or has closed this connection
+            self._rejoin(seen, deadline)  # says it again, too
 
     def next_number(self) -> int:
         """The number of the next request."""
@@ -201,6 +315,8 @@ class Link:
             while True:
                 body = self._receive(deadline)
                 if frames.read_request(body) == number:
+                    while self._said and self._said[0][0] < number:
+                        self._said.popleft()  # it was heard before this request
                     return body
                 if body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
                     for fd in take_pair(self._fds):
@@ -224,9 +340,8 @@ class Link:
         """
         number = self.next_number()
         self._expect_fds = True  # and from now on: this may be interrupted before they come
-        self.send(frames.request_lease(frames.OPEN, number, lease))
         try:
-            body = self.wait(number, deadline)
+            body = self.ask(number, frames.request_lease(frames.OPEN, number, lease), deadline)
             slot, lost = frames.read_channel(body)
             if lost:
                 raise ChannelBroken
@@ -241,34 +356,42 @@ class Link:
     def why(self, lease: int, deadline: float | None) -> Any:
         """Ask how the worker of a lease ended, its channel being broken; None if nobody knows."""
         number = self.next_number()
-        self.send(frames.request_lease(frames.WHY, number, lease))
-        return frames.read_reply(self.wait(number, deadline))
+        data = frames.request_lease(frames.WHY, number, lease)
+        return frames.read_reply(self.ask(number, data, deadline))
 
     def resize(self, pool_size: int, max_overflow: int, deadline: float | None) -> None:
         """Ask for other sizes, and wait until they are in force."""
         number = self.next_number()
-        self.send(frames.resize(number, pool_size, max_overflow))
-        self.wait(number, deadline)
+        self.ask(number, frames.resize(number, pool_size, max_overflow), deadline)
 
-    def ask(self, kind: int, deadline: float | None = None) -> Any:
+    def question(self, kind: int, deadline: float | None = None) -> Any:
         """Send a request without fields and return its JSON answer."""
         number = self.next_number()
-        self.send(frames.request(kind, number))
-        return frames.read_reply(self.wait(number, deadline))
+        return frames.read_reply(self.ask(number, frames.request(kind, number), deadline))
+
+    @property
+    def asking(self) -> bool:
+        """Whether an answer is waited for; this may be a collected lease's turn meanwhile."""
+        return bool(self._asked)
+
+    def ping(self, deadline: float) -> None:
+        """Wait until the manager has heard all that was said."""
+        number = self.next_number()
+        self.ask(number, frames.request(frames.PING, number), deadline)
 
     def hang_up(self) -> None:
         """End the connection under whoever waits on it; they, or the last reference, close it."""
-        self.broken = True
+        self.broken = self._over = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fds"):
+        if hasattr(self, "_sock"):
             self.close()
 
     def close(self) -> None:
         """Close this process's copy of the socket."""
-        self.broken = True
+        self.broken = self._over = True
         self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())
@@ -278,24 +401,33 @@ class Link:
         while not inbox:
             if deadline is not None and not self._poll.poll(left_ms(deadline)):
                 raise TimedOut
+            seen, decoder = self._generation, self._decoder
+            flags = 0 if deadline is None else _DONTWAIT
             try:
                 if self._expect_fds:
-                    data, fds = descriptors.receive(self._sock, 65536, 16)
+                    data, fds = descriptors.receive(self._sock, 65536, 16, flags)
                     self._fds.extend(fds)
                 else:
-                    data = self._sock.recv(65536)
-                if not data:
-                    raise LinkBroken("the manager closed the connection")
-                inbox.extend(self._decoder.feed(data))
-            except OSError as error:
-                self.broken = True
-                raise LinkBroken(str(error)) from None
+                    data = self._sock.recv(65536, flags)
+                if data:
+                    inbox.extend(decoder.feed(data))
+                    continue
+            except BlockingIOError:
+                continue  # another thread has just joined the next manager
+            except OSError:
+                data = b""
             except BaseException:
                 # Also an interrupt, with bytes in hand that are lost now: the rest would make no
                 # sense. What was leased here can still be given back here.
                 self.broken = True
                 raise
+            self._rejoin(seen, deadline)
         return inbox.popleft()
+
+
+def new_link() -> int:
+    """A number for a connection, unlike every other."""
+    return int.from_bytes(os.urandom(8), "little") | 1
 
 
 def _after_fork_in_child() -> None:

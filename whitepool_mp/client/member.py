@@ -15,15 +15,17 @@ parent's end-of-file still comes, and no byte of the parent's is read by the chi
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
+import time
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from whitepool_mp.client.channel import Channel
-from whitepool_mp.client.link import Link, LinkBroken, dial
+from whitepool_mp.client.link import Link, LinkBroken, TimedOut, dial
 from whitepool_mp.errors import (
     CheckoutTimeout,
     FactoryFailed,
@@ -129,26 +131,43 @@ class Member:
         self._local.holder = _Holder(link, self._free)
         return link
 
+    def make_sure(self, link: Link) -> None:
+        """Wait until the manager has heard what was said on a link, if it is this thread's."""
+        holder: _Holder | None = getattr(self._local, "holder", None)
+        if holder is not None and holder.link is link and not (link.broken or link.asking):
+            with contextlib.suppress(LinkBroken, TimedOut):
+                link.ping(time.monotonic() + 1.0)
+
     def gone(self) -> WhitepoolError:
         """The error that says why the manager does not answer."""
         title = f"pool {self.name!r}"
-        if self.owner is not None and not self.closed and self.owner.wait(1.0):
-            code = self.owner.exitcode
-            if code:
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if self.owner is not None and not self.closed:
+            if not self.owner.wait(0) and self._answers():
+                return self._unwelcome(title)
+            if self.owner.wait(1.0) and self.owner.lost:
+                code = self.owner.exitcode
+                how = "died"
+                if code is not None:
+                    how = f"died with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
                 return ManagerDied(
-                    f"the manager of {title} (pid {self.owner.manager}) died with {how}: the pool "
-                    "is gone and its workers with it; make a new one"
+                    f"the manager of {title} (pid {self.owner.manager}) {how}, and so did those "
+                    "before it, or none can be started: the pool is gone and its workers with it; "
+                    "make a new one"
                 )
-        if not self.closed and self._answers():
-            return ProtocolError(
-                f"the manager of {title} closed this connection and serves on: this process sent "
-                "what it could not read, left its answers unread, or the manager has no "
-                "descriptor left; try again"
+        elif not self.closed and self._answers():
+            return self._unwelcome(title)
+        elif not self.closed and os.path.exists(self.path):
+            return ManagerDied(
+                f"the owner of {title} died, and its manager: the pool is gone; make a new one"
             )
-        if not self.closed and os.path.exists(self.path):
-            return ManagerDied(f"the manager of {title} died: the pool is gone; make a new one")
         return PoolClosed(f"{title} was shut down: no worker can be had from it; make a new pool")
+
+    def _unwelcome(self, title: str) -> WhitepoolError:
+        return ProtocolError(
+            f"the manager of {title} closed this connection and serves on: this process sent "
+            "what it could not read, left its answers unread, or the manager has no "
+            "descriptor left; try again"
+        )
 
     def joining(self) -> tuple[str, bytes, bytes]:
         """What a connection needs to join: path, key and this membership's token."""

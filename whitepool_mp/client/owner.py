@@ -1,4 +1,11 @@
-"""The process that made the pool: starting its manager, and seeing that it ends."""
+"""The process that made the pool: starting its manager, and another one in its place if it dies.
+
+    Owner --starts--> manager     what they leave to each other: ledger, escrow (`wire`), listener
+      '-- a thread waits for its death: in order, that is the end; otherwise another takes over
+
+The lifeline is a pipe that nobody writes to. Its end-of-file tells the workers (by way of the
+kernel) and the nursery that the owner is gone, or has given the pool up.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +17,39 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import frames, payload
+from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
+from whitepool_mp.wire.ledger import Ledger
 
 _LONGEST_PATH = 100
 """A Unix socket's path has at most 107 bytes."""
 _PATIENCE = 10.0
+_FALSE_STARTS = 3
+"""How many managers in a row may die before they serve, until the pool is given up."""
+_QUICK_SECONDS = 1.0
+_QUICK_DEATHS = 20
+"""How many in a row may die within a second of their start."""
+
+
+_QUEUE_BYTES = 1 << 20
+"""Room for descriptors in escrow, of which the kernel gives what it allows."""
 
 
 class Owner:
-    """The manager as its parent sees it.
+    """The manager as its parent sees it, whichever it is just now.
 
     Attributes:
         path: the socket to join by, in a folder that only this user may enter.
         key: the pool's key.
-        exitcode: how the manager ended; None while it lives or if nobody can know.
+        manager: the pid of the manager that was started last.
+        exitcode: how the last manager that ended did; None if nobody can know.
+        lost: whether the pool has ended because its manager died and there is no other.
     """
 
     def __init__(self, config: PoolConfig) -> None:
@@ -45,19 +66,17 @@ class Owner:
         self.key = os.urandom(frames.KEY_BYTES)
         self.pool_id = os.urandom(12).hex()
         self.exitcode: int | None = None
-        self._reaped = False
-        self._waiting = 0
-        self._lock = threading.RLock()
+        self.lost = False
+        self._name = config.name
+        self._ending = False
+        self._forked = False
+        self._over = threading.Event()
+        self._lock = threading.RLock()  # a signal may find its thread anywhere
+        self._pidfd = -1
+        self._deaths = self._false_starts = 0
         self.folder = _folder(self.pool_id)
         self.path = os.path.join(self.folder, "manager")
-        try:
-            self._start(config, factory, teardown)
-        except BaseException:
-            _remove(self.folder)
-            raise
-
-    def _start(self, config: PoolConfig, factory: bytes | None, teardown: bytes | None) -> None:
-        boot = Boot(
+        self._boot = Boot(
             pool_id=self.pool_id,
             name=config.name,
             key=self.key,
@@ -73,88 +92,168 @@ class Owner:
             argv=list(sys.argv),
             interpreter=_interpreter(),
         )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(self.path)
-            listener.listen(4096)
-            fd = boots.write(boot)
-            try:
-                command = boots.command(
-                    boot.interpreter,
-                    fd,
-                    "whitepool_mp.manager.main",
-                    listener.fileno(),
-                    # Workers that are forked are what the manager was when it started.
-                    site=config.start_method != "loky",
-                )
-                process = subprocess.Popen(
-                    command,
-                    pass_fds=(fd, listener.fileno()),
-                    env={**os.environ, boots.MARKER: self.pool_id},
-                )
-            except OSError as error:
+        self._open: contextlib.ExitStack | None = None
+        try:
+            self._prepare()
+            self._launch()
+        except BaseException as error:
+            self._close()
+            _remove(self.folder)
+            if isinstance(error, OSError):
                 raise WhitepoolError(
                     f"the manager of pool {config.name!r} could not be started: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            finally:
-                os.close(fd)
-        self.manager = process.pid
-        process.returncode = 0  # it is ours to wait for from here on
+            raise
+        self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
         try:
-            self._pidfd = os.pidfd_open(self.manager)
-        except BaseException:  # no descriptor is left, or an interrupt: nobody would ever end it
-            os.kill(self.manager, signal.SIGKILL)
+            self._thread.start()
+        except BaseException:
+            self._signal(signal.SIGKILL)
             os.waitpid(self.manager, 0)
+            self._finish()
             raise
 
-    def wait(self, timeout: float | None) -> bool:
-        """Wait for the manager to end, and reap it.
+    # --- managers -------------------------------------------------------------------------
 
-        Args:
-            timeout: at most how long, in seconds; None for ever.
+    def _prepare(self) -> None:
+        """Make what managers leave to each other."""
+        with contextlib.ExitStack() as stack:
+            self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._listener.bind(self.path)
+            self._listener.listen(4096)
+            self._inlet, self._outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(self._inlet)
+            stack.enter_context(self._outlet)
+            self._inlet.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
+            self._ledger_fd = ledgers.create()
+            stack.callback(os.close, self._ledger_fd)
+            self._ledger = Ledger(self._ledger_fd)
+            stack.callback(self._ledger.close)
+            # Nobody ever writes to it: it ends with this process, or when this closes it.
+            self._lifeline, end = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, self._lifeline)
+            stack.callback(os.close, end)
+            self._open = stack.pop_all()
 
-        Returns:
-            Whether it has ended. Its folder is gone then.
+    def _launch(self) -> None:
+        """Start a manager.
+
+        Raises:
+            OSError: that is not possible now.
         """
-        with self._lock:
-            if self._reaped:
-                return True
-            self._waiting += 1
+        self._ledger.words[ledgers.LAUNCHED] += 1
+        given = (
+            self._listener.fileno(),
+            self._ledger_fd,
+            self._lifeline,
+            self._inlet.fileno(),
+            self._outlet.fileno(),
+        )
+        fd = boots.write(self._boot)
         try:
+            command = boots.command(
+                self._boot.interpreter,
+                fd,
+                "whitepool_mp.manager.main",
+                *given,
+                # Workers that are forked are what the manager was when it started.
+                site=self._boot.start_method != "loky",
+            )
+            process = subprocess.Popen(
+                command,
+                pass_fds=(fd, *given),
+                env={**os.environ, boots.MARKER: self.pool_id},
+            )
+        finally:
+            os.close(fd)
+        process.returncode = 0  # it is ours to wait for from here on
+        self.manager = process.pid
+        self._launched = time.monotonic()
+        try:
+            self._pidfd = os.pidfd_open(process.pid)
+        except BaseException:  # no descriptor is left, or an interrupt: nobody would ever end it
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitpid(process.pid, 0)
+            raise
+
+    def _watch(self) -> None:
+        """The thread: wait for the manager's death, and start another one unless it is the end."""
+        while True:
             poller = select.poll()
             poller.register(self._pidfd, select.POLLIN)
-            ended = bool(poller.poll(None if timeout is None else timeout * 1000))
-        finally:
+            poller.poll()
             with self._lock:
-                self._waiting -= 1
-        with self._lock:
-            if ended and not self._reaped:
                 self._reap()
-            if self._reaped and not self._waiting and self._pidfd >= 0:
-                os.close(self._pidfd)  # nobody polls it any more
-                self._pidfd = -1
-        return ended
+                if self._ending or self._ledger.words[ledgers.FINISHED] or not self._again():
+                    break
+        self._finish()
 
     def _reap(self) -> None:
-        self._reaped = True
         try:
             _, status = os.waitpid(self.manager, 0)
             self.exitcode = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             self.exitcode = None  # other code of this process reaped it
+        os.close(self._pidfd)
+        self._pidfd = -1
+
+    def _again(self) -> bool:
+        """Start another manager in the place of one that died; whether there is one."""
+        words = self._ledger.words
+        served = words[ledgers.SERVED] == words[ledgers.LAUNCHED]
+        quick = time.monotonic() - self._launched < _QUICK_SECONDS
+        self._false_starts = 0 if served else self._false_starts + 1
+        self._deaths = self._deaths + 1 if quick else 0
+        if self._false_starts < _FALSE_STARTS and self._deaths < _QUICK_DEATHS:
+            with contextlib.suppress(OSError):  # no process or no descriptor is to be had
+                self._launch()
+                return True
+        self.lost = True
+        return False
+
+    def _finish(self) -> None:
+        """The pool has ended: what it had in this process is closed, and what is left is killed."""
+        orderly = bool(self._ledger.words[ledgers.FINISHED])
+        with self._lock:
+            self._close()
+        if not orderly:
+            from whitepool_mp.worker.nursery import kill_marked
+
+            kill_marked(self.pool_id)
         _remove(self.folder)
+        self._over.set()
+
+    def _close(self) -> None:
+        stack, self._open = self._open, None
+        if stack is not None:
+            stack.close()
+
+    # --- the end --------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the pool to end.
+
+        Args:
+            timeout: at most how long, in seconds; None for ever.
+
+        Returns:
+            Whether it has ended. Its last manager is reaped and its folder gone then.
+        """
+        return self._forked or self._over.wait(timeout)
 
     def end(self) -> None:
         """End the pool now: ask the manager to, and kill it if it does not.
 
         Does nothing in a process that was forked from the owner.
         """
-        if os.getpid() != self.pid or self._reaped:
+        if self._forked or os.getpid() != self.pid:
             return
-        self._signal(signal.SIGTERM)
+        self._ask()
+        if threading.current_thread() is self._thread:
+            return  # collected there: the thread is about to see to it
         if not self.wait(_PATIENCE):
-            # Stopped or stuck. Its death is the workers' (the kernel sees to it); the nursery kills
-            # what else is left.
+            # Stopped or stuck. The workers end with the lifeline.
             self._signal(signal.SIGKILL)
             self.wait(None)
 
@@ -162,24 +261,30 @@ class Owner:
         """Ask the manager to end the pool.
 
         Returns:
-            A descriptor that is readable when it has ended, the caller's to close (a copy: whoever
-            reaps the manager meanwhile closes the original); None if it has ended.
+            A descriptor that is readable when it has ended, the caller's to close; None if it has
+            ended.
         """
-        self._signal(signal.SIGTERM)
         with self._lock:
-            return None if self._reaped else os.dup(self._pidfd)
+            self._ask()
+            return None if self._forked or self._open is None else os.dup(self._lifeline)
+
+    def _ask(self) -> None:
+        self._ending = True
+        self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
         with self._lock:
-            if not self._reaped:
+            if self._pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):  # other code of ours reaped it
                     signal.pidfd_send_signal(self._pidfd, number)
 
     def forked(self) -> None:
         """In a forked child: this is not ours."""
-        if not self._reaped:
+        self._forked = True
+        self._close()
+        if self._pidfd >= 0:
             os.close(self._pidfd)
-            self._reaped = True
+            self._pidfd = -1
 
 
 def _interpreter() -> list[str]:

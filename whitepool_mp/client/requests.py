@@ -7,13 +7,16 @@ The part of an engine that stands between who asks and the control connection. I
 nothing itself: requests are numbered and lie in `_outbox` until the engine can send them, and the
 engine looks in `_replies` for who waits for an answer.
 
-Guarantees: whoever waits for an answer hears once, of it or of the manager's end. When a checkout
-is given up, who gave it up hears of it instead of who asked.
+Guarantees: whoever waits for an answer hears once, of it or of the pool's end. When a checkout is
+given up, who gave it up hears of it instead of who asked. Should the manager be killed, all that it
+may not have heard can be said again to the next one (`again`).
 """
 
 from __future__ import annotations
 
 import itertools
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,8 @@ class Requests:
         self._outbox = bytearray()
         self._numbers = itertools.count(1)
         self._replies: dict[int, Callable[[bytes], None]] = {}  # an empty one: it is gone
+        self._asked: dict[int, bytes] = {}  # what has no answer yet
+        self._said: deque[tuple[int, bytes]] = deque()  # without an answer: before which request
         self.broken: WhitepoolError | None = None
 
     # --- of the pool ----------------------------------------------------------------------
@@ -80,7 +85,8 @@ class Requests:
             else:
                 done(frames.read_refused(body))
 
-        self._ask(number, frames.checkout(number, block, deadline, site), answer, done)
+        data = frames.checkout(number, block, deadline, site, asked=time.monotonic())
+        self._ask(number, data, answer, done)
         return number
 
     def ask_for_worker(self, site: str, heard: TicketHeard) -> int:
@@ -95,8 +101,9 @@ class Requests:
             else:
                 heard(number, None, frames.read_refused(body))
 
-        self._replies[number] = answer
-        self._say(frames.checkout(number, True, None, site, keep=True, spare_own=True))
+        now = time.monotonic()
+        data = frames.checkout(number, True, None, site, keep=True, spare_own=True, asked=now)
+        self._send(number, data, answer)
         return number
 
     def cancel_checkout(self, ticket: int, done: Done | None) -> None:
@@ -107,13 +114,14 @@ class Requests:
                 if done is not None:
                     done(self.broken)
             elif body[0] == frames.GRANT:
-                self._replies[ticket] = answer  # it crossed the cancel; the refusal follows
+                # It crossed the cancel; the refusal follows.
+                self._replies[ticket] = answer
+                self._asked[ticket] = frames.request(frames.CANCEL, ticket)
             elif done is not None:
                 done(frames.read_refused(body))
 
         if self.broken is None:
-            self._replies[ticket] = answer
-            self._say(frames.request(frames.CANCEL, ticket))
+            self._send(ticket, frames.request(frames.CANCEL, ticket), answer)
 
     def checkin(self, lease: EngineLease) -> None:
         """Give a worker back."""
@@ -147,8 +155,31 @@ class Requests:
             else:
                 answer(body)
 
+        self._send(number, data, heard)
+
+    def _send(self, number: int, data: bytes, heard: Callable[[bytes], None]) -> None:
+        """Send a request; `heard` gets the body of its answer."""
         self._replies[number] = heard
-        self._say(data)
+        self._asked[number] = data
+        self._outbox += data
 
     def _say(self, data: bytes) -> None:
+        """Send what has no answer."""
+        last = next(self._numbers)
+        self._said.append((last, data))
         self._outbox += data
+
+    def _answered(self, body: bytes) -> Callable[[bytes], None] | None:
+        """An answer came: who waits for it."""
+        number = frames.read_request(body)
+        self._asked.pop(number, None)
+        said = self._said
+        while said and said[0][0] < number:
+            said.popleft()  # the manager heard it before that request
+        return self._replies.pop(number, None)
+
+    def _again(self) -> None:
+        """There is another manager: say to it what the last one may not have heard."""
+        self._outbox[:] = b"".join(data for _, data in self._said)
+        self._outbox += b"".join(self._asked.values())
+        self._outbox += frames.request(frames.REJOINED, 0)

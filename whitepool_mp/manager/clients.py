@@ -5,6 +5,9 @@
 Guarantees: nothing but the proof is looked at before a client has given it; a connection that says
 nothing, or nonsense, or does not read its answers, is closed and counted, and costs the others
 nothing; with no descriptors left, connections are refused instead of spinning on them.
+
+The clients of a manager that was killed are absent at first: known by their link's number, and by a
+pidfd for as long as their process lives. What they held stays theirs until they are back.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ import os
 from collections import OrderedDict, deque
 
 from whitepool_mp.errors import ProtocolError
+from whitepool_mp.manager import kin
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.wire import auth, descriptors, frames
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any, Protocol
 
+    from whitepool_mp.manager.books import Books, PastClient
     from whitepool_mp.wire.descriptors import Socket
 else:
     Protocol = object
@@ -51,6 +56,7 @@ class Client:
     __slots__ = (
         "decoder",
         "id",
+        "link",
         "member",
         "nonce",
         "pid",
@@ -70,6 +76,7 @@ class Client:
         self.decoder = frames.FrameDecoder(limit=1024)
         self.nonce = os.urandom(frames.NONCE_BYTES)
         self.proven = False
+        self.link = 0  # by which it is known again, 0 if never
         self.member = b""  # which process's membership it is of
         self.pid = 0
         self.thread = ""
@@ -87,6 +94,7 @@ class Door:
         loop: where descriptors are waited for.
         audience: who is told.
         clock: the monotonic clock, in seconds.
+        books: where to write down who is there.
     """
 
     def __init__(
@@ -96,7 +104,10 @@ class Door:
         loop: Loop,
         audience: Audience,
         clock: Callable[[], float],
+        books: Books | None = None,
     ) -> None:
+        self._books = books
+        self._absent: dict[int, tuple[Client, int]] = {}  # by link, with a pidfd
         self._listener = listener
         self._key = key
         self._loop = loop
@@ -117,6 +128,47 @@ class Door:
         self._listening = False
         self._starved: float | None = None  # since when there is no descriptor at all
         self._listen_again()
+
+    def take_over(self, clients: Iterable[PastClient], last: int) -> None:
+        """Expect the clients of another manager, those whose process lives.
+
+        Args:
+            clients: who they were.
+            last: the highest number that any had.
+        """
+        self._numbers = last
+        nowhere, other = descriptors.pair()
+        nowhere.close()
+        other.close()
+        for past in clients:
+            client = Client(past.number, nowhere, self._clock())
+            client.link, client.member, client.pid = past.link, past.member, past.pid
+            try:
+                pidfd = kin.hold(past.pid, past.started) if past.link else None
+            except OSError:
+                pidfd = None  # no descriptor to watch it with: it counts as gone
+            if pidfd is None:
+                if self._books is not None:
+                    self._books.left(client)
+                continue
+            self.clients[client.id] = client
+            self._absent[client.link] = client, pidfd
+            self._loop.add(pidfd, functools.partial(self._never_back, client))
+
+    def _never_back(self, client: Client, _: int) -> None:
+        """The process of an absent client has ended."""
+        self._not_absent(client.link)
+        if self.clients.pop(client.id, None) is not None:
+            if self._books is not None:
+                self._books.left(client)
+            self._audience.client_gone(client)
+
+    def _not_absent(self, link: int) -> Client | None:
+        client, pidfd = self._absent.pop(link, (None, -1))
+        if client is not None:
+            self._loop.remove(pidfd)
+            os.close(pidfd)
+        return client
 
     def next_deadline(self) -> float | None:
         """When the oldest unproven connection has to be closed, or may be for another."""
@@ -217,12 +269,16 @@ class Door:
                 item.close()
         client.unsent.clear()
         if self.clients.pop(client.id, None) is not None:
+            if self._books is not None:
+                self._books.left(client)
             self._audience.client_gone(client)
 
     def close(self) -> None:
         """Close everything, after one last try to send what is unsent."""
         self._loop.remove(self._listener.fileno())
         self._listener.close()
+        for link in list(self._absent):
+            self._not_absent(link)
         for client in [*self.clients.values(), *self._silent.values()]:
             if client.unsent:
                 self._flush(client)
@@ -345,10 +401,18 @@ class Door:
         client.member, client.pid, client.thread = answer.member, answer.pid, answer.thread
         client.decoder.limit = 64 * 1024
         del self._silent[client.id]
+        client.link = answer.link
+        known = self._not_absent(client.link)
+        if known is not None:
+            client.id = known.id
         self.clients[client.id] = client
+        generation = 1
+        if self._books is not None:
+            generation = self._books.generation
+            self._books.joined(client)
         self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
-        self.send(client, frames.welcome(proof))
+        self.send(client, frames.welcome(proof, generation))
 
 
 class _Copy:

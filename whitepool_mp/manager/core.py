@@ -46,19 +46,41 @@ from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
 from whitepool_mp.policy import MAX_WORKERS, Policy
-from whitepool_mp.wire import descriptors, frames
+from whitepool_mp.wire import descriptors, frames, pages
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
+    from whitepool_mp.manager.books import Books, Past
     from whitepool_mp.wire.descriptors import Socket
 else:
     Protocol = object
 
 MAX_OBITUARIES = 4096
 """How many deaths under a lease are kept until the holder asks about them."""
+
+
+REUNION_SECONDS = 0.25
+"""How long a manager that took over waits for those who waited to ask again, before it serves."""
+_FOR_LATER = (frames.CHECKOUT, frames.CANCEL, frames.DRAIN)
+
+
+class Reunion:
+    """What happens until all are back who waited when the other manager was killed.
+
+    Args:
+        missing: the clients that have not asked again yet.
+        draining: whether the pool was shutting down.
+        until: when not to wait for them any longer.
+    """
+
+    def __init__(self, missing: set[int], draining: bool, until: float) -> None:
+        self.missing = missing
+        self.draining = draining
+        self.until = until
+        self.heard: list[tuple[Client, bytes]] = []
 
 
 class Workers(Protocol):
@@ -70,6 +92,7 @@ class Workers(Protocol):
     def adopt(self, worker: int, channel: Socket) -> int: ...
     def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
     def hand(self, worker: int) -> Any: ...
+    def resume(self, worker: int) -> None: ...
 
 
 class Manager:
@@ -79,9 +102,14 @@ class Manager:
         policy: the broker's numbers.
         loop: where descriptors are waited for.
         clock: the monotonic clock, in seconds; deadlines of clients are on it.
+        books: where to write down what the next manager has to know.
     """
 
-    def __init__(self, policy: Policy, loop: Loop, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, policy: Policy, loop: Loop, clock: Callable[[], float], books: Books | None = None
+    ) -> None:
+        self._policy = policy
+        self._books = books
         self._broker = Broker(policy)
         self._loop = loop
         self._clock = clock
@@ -94,6 +122,7 @@ class Manager:
         self._asking: dict[int, list[tuple[Client, int]]] = {}
         self._drainers: list[tuple[Client, int]] = []
         self.finished = False
+        self._reunion: Reunion | None = None  # while those who waited ask again
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
             frames.CHECKIN: self._on_checkin,
@@ -106,12 +135,55 @@ class Manager:
             frames.RESIZE: self._on_resize,
             frames.DRAIN: self._on_drain,
             frames.TERMINATE: self._on_terminate,
+            frames.REJOINED: self._on_rejoined,
+            frames.PING: self._on_ping,
         }
 
     def start(self, crew: Workers, door: Door) -> None:
         """Begin: order the first workers."""
         self._crew, self._door = crew, door
+        if self._books is not None:
+            self._books.sizes(self._policy.pool_size, self._policy.max_overflow)
         self.apply(Start())
+
+    def resume(self, crew: Workers, door: Door, past: Past, lost: dict[int, Obituary]) -> None:
+        """Go on where another manager stopped.
+
+        Args:
+            crew, door: as for `start`; they have taken over workers and clients.
+            past: what the other one left.
+            lost: the workers of which nothing is left to take over, and how they ended.
+        """
+        self._crew, self._door = crew, door
+        self.apply(past.resume)
+        for worker, obituary in lost.items():
+            self.worker_exited(worker, obituary)
+        for process in past.processes:
+            if process.worker not in lost:
+                self._resume(process.worker)
+        holders = {each.client for each in past.resume.workers if each.client is not None}
+        for client in [*(each.number for each in past.clients), *holders]:
+            if client not in door.clients:
+                self.apply(ClientGone(client))
+        waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
+        self._reunion = Reunion(waiting, past.draining == 1, self._clock() + REUNION_SECONDS)
+        if past.draining == 2:
+            self.apply(Terminate())
+        elif not waiting:
+            self._reunited()
+
+    def _resume(self, worker: int) -> None:
+        self._crew.resume(worker)
+        record, hand = self._broker.worker(worker), self._crew.hand(worker)
+        starting = record is not None and record.state is WorkerState.BOOTING
+        if starting and hand is not None and hand.page.words[pages.READY]:
+            self.apply(WorkerReady(worker))  # the other manager had heard it, and did not live on
+        elif record is not None and hand is not None and record.client is not None:
+            words, lease = hand.page.words, record.lease
+            if words[pages.DESTROYED] == lease:
+                self.apply(Destroy(record.client, lease, "its holder had it destroyed"))
+            elif words[pages.RETURNED] == lease:
+                self.apply(Checkin(record.client, lease))
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -120,11 +192,15 @@ class Manager:
         due = self._broker.next_deadline()
         if due is not None and now >= due:
             self.apply(Tick())
+        if self._reunion is not None and now >= self._reunion.until:
+            self._reunited()
         self._door.tick(now)
         return ready
 
     def _timeout(self) -> float | None:
         deadlines = [self._broker.next_deadline(), self._door.next_deadline()]
+        if self._reunion is not None:
+            deadlines.append(self._reunion.until)
         due = min((when for when in deadlines if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
@@ -134,13 +210,20 @@ class Manager:
         An event that a performed effect brings about waits for its turn: effects are performed in
         the order in which they were decided.
         """
+        if self._reunion is not None and type(event) is Terminate:
+            self._reunited()
         self._events.append(event)
         if self._performing:
             return
         self._performing = True
+        broker, books = self._broker, self._books
         try:
             while self._events:
-                for effect in self._broker.step(self._events.popleft(), self._clock()):
+                effects = broker.step(self._events.popleft(), self._clock())
+                if books is not None:
+                    for worker in broker.changed():
+                        books.note(worker, broker.worker(worker.id) is not None)
+                for effect in effects:
                     self._perform(effect)
         finally:
             self._performing = False
@@ -171,6 +254,8 @@ class Manager:
         if client is None or hand is None:
             return  # its end is an event that is on its way
         self._sites[effect.worker] = client.sites.pop(effect.ticket, "")
+        if self._books is not None:
+            self._books.waiting(client)
         self._door.send(
             client,
             frames.grant(
@@ -183,6 +268,8 @@ class Manager:
         if client is None:
             return
         client.sites.pop(effect.ticket, None)
+        if self._books is not None:
+            self._books.waiting(client)
         detail = effect.detail
         if effect.why != "factory_failed":
             detail = self._summary()
@@ -206,15 +293,22 @@ class Manager:
         handler = self._handlers.get(body[0])
         if handler is None:
             raise ProtocolError(f"a client sent a frame of kind {body[0]}")
+        if self._reunion is not None and body[0] in _FOR_LATER:
+            (frames.read_checkout if body[0] == frames.CHECKOUT else frames.read_request)(body)
+            self._reunion.heard.append((client, body))
+            return
         handler(client, body)
 
     def client_gone(self, client: Client) -> None:
         """A client's connection ended: what it held is dirty."""
         self.apply(ClientGone(client.id))
+        self._is_back(client)
 
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
         client.sites[asked.request] = asked.site
+        if self._books is not None:
+            self._books.waiting(client)
         self.apply(
             Checkout(
                 client.id, asked.request, asked.block, asked.deadline, asked.keep, asked.spare_own
@@ -284,6 +378,10 @@ class Manager:
         free = sum(hand is not None and not hand.page.busy() for hand in hands)
         return status._replace(idle=status.idle + free, leased=status.leased - free)
 
+    def _succession(self) -> dict[str, int]:
+        books = self._books
+        return {} if books is None else {"managers_lost": books.generation - 1}
+
     def _on_status(self, client: Client, body: bytes) -> None:
         status = self._status()
         value = {
@@ -299,7 +397,7 @@ class Manager:
             "draining": status.draining,
             "failing": status.failing,
             "last_failure": status.last_failure,
-            "counters": {**status.counters, **self._door.counters},
+            "counters": {**status.counters, **self._door.counters, **self._succession()},
         }
         self._door.send(client, frames.reply(frames.read_request(body), value))
 
@@ -319,18 +417,59 @@ class Manager:
         number, pool_size, max_overflow = frames.read_resize(body)
         if not 1 <= pool_size <= pool_size + max_overflow <= MAX_WORKERS:
             raise ProtocolError(f"a resize to {pool_size}+{max_overflow} workers")
+        if self._books is not None:
+            self._books.sizes(pool_size, max_overflow)
         self.apply(Resize(pool_size, max_overflow))
         self._door.send(client, frames.reply(number, True))
 
     def _on_drain(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
+        self._drain()
+
+    def _drain(self) -> None:
+        if self._books is not None:
+            self._books.draining(terminated=False)
         for each in list(self._door.clients.values()):
             self._door.send(each, frames.draining())
         self.apply(Drain())
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
+        if self._books is not None:
+            self._books.draining(terminated=True)
         self.apply(Terminate())
+
+    # --- after another manager ------------------------------------------------------------
+
+    def _on_ping(self, client: Client, body: bytes) -> None:
+        self._door.send(client, frames.pong(frames.read_request(body)))
+
+    def _on_rejoined(self, client: Client, body: bytes) -> None:
+        self._is_back(client)
+
+    def _is_back(self, client: Client) -> None:
+        """One who waited has asked again, or will not."""
+        if self._reunion is not None:
+            self._reunion.missing.discard(client.id)
+            if not self._reunion.missing:
+                self._reunited()
+
+    def _reunited(self) -> None:
+        """Take up what was asked meanwhile: in the order in which it was asked first."""
+        reunion, self._reunion = self._reunion, None
+        assert reunion is not None
+        checkouts = [
+            (frames.read_checkout(body).asked, at)
+            for at, (_, body) in enumerate(reunion.heard)
+            if body[0] == frames.CHECKOUT
+        ]
+        order = [at for _, at in sorted(checkouts)]
+        order += [at for at, (_, body) in enumerate(reunion.heard) if body[0] != frames.CHECKOUT]
+        for client, body in (reunion.heard[at] for at in order):
+            if self._door.clients.get(client.id) is client:
+                self._handlers[body[0]](client, body)
+        if reunion.draining:
+            self._drain()
 
     def answer_drainers(self) -> None:
         """Everything has ended: tell whoever waits for that."""
@@ -338,6 +477,11 @@ class Manager:
             self._door.send(client, frames.reply(number, True))
 
     # --- what workers do ------------------------------------------------------------------
+
+    def worker_born(self, worker: int, pid: int) -> None:
+        """A worker's process exists."""
+        if self._books is not None:
+            self._books.born(worker, pid)
 
     def worker_ready(self, worker: int) -> None:
         """A factory returned."""

@@ -9,6 +9,9 @@ through a descriptor. A worker is the leader of a process group, which is killed
 is reaped; whatever a dead worker leaves behind becomes a child of this process and is killed too
 (`_sweep`), so nothing escapes by detaching itself.
 
+Workers of a manager that was killed are taken over (`take_over`). They are nobody's children here:
+a pidfd tells of their death, and what they leave behind is found by its marker (`kin`).
+
 Nothing here decides: what becomes of a worker is the broker's affair.
 """
 
@@ -20,11 +23,13 @@ import os
 from collections import deque
 
 from whitepool_mp.errors import ProtocolError
+from whitepool_mp.manager import kin
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors, frames, pages
 from whitepool_mp.wire.boot import Boot
+from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -33,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
-    from whitepool_mp.wire.descriptors import Socket
+    from whitepool_mp.manager.books import Process
+    from whitepool_mp.wire.escrow import Escrow
 else:
     import _signal as signal  # as in `worker.linux`
 
@@ -45,6 +51,7 @@ _MARK = boots.MARKER.encode() + b"="
 class Listener(Protocol):
     """Who is told what happens to workers."""
 
+    def worker_born(self, worker: int, pid: int) -> None: ...
     def worker_ready(self, worker: int) -> None: ...
     def worker_failed(self, worker: int, reason: str) -> None: ...
     def worker_released(self, worker: int, lease: int) -> None: ...
@@ -59,10 +66,12 @@ class Hand:
         "channels",
         "control",
         "decoder",
+        "inherited",
         "kill_reason",
         "page",
         "page_fd",
         "pid",
+        "pidfd",
         "process",
         "slot",
         "worker",
@@ -78,6 +87,8 @@ class Hand:
         self.born = born
         self.channels = 0  # how many it was given
         self.pid: int | None = None
+        self.inherited = False  # whether another manager started it
+        self.pidfd = -1  # of one that was inherited
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
 
@@ -85,6 +96,8 @@ class Hand:
         """Let go of the page."""
         self.page.close()
         os.close(self.page_fd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
 
 
 class Crew:
@@ -95,8 +108,8 @@ class Crew:
         loop: where descriptors are waited for.
         listener: who is told.
         clock: the monotonic clock, in seconds.
-        lifeline: the read end of the pipe whose end-of-file tells everyone that the manager is
-            gone; the write end must exist in this process only.
+        lifeline: the read end of the pipe whose end-of-file tells everyone that the owner is gone.
+        escrow: where copies of the descriptors are kept for the next manager.
         start_timeout: how long a worker may take to be born and ready, in seconds.
         nursery: the first nursery, already forked: its pid and this process's end to it.
         first: of a worker that is on its way already: the page, this process's end, and the pid if
@@ -110,6 +123,7 @@ class Crew:
         listener: Listener,
         clock: Callable[[], float],
         lifeline: int,
+        escrow: Escrow,
         start_timeout: float,
         nursery: tuple[int, Socket],
         first: tuple[int, Socket, int | None] | None,
@@ -119,6 +133,7 @@ class Crew:
         self._listener = listener
         self._clock = clock
         self._lifeline = lifeline
+        self._escrow = escrow
         self._start_timeout = start_timeout
         self._hands: dict[int, Hand] = {}
         self._by_pid: dict[int, Hand] = {}
@@ -129,6 +144,7 @@ class Crew:
         self._unborn: dict[int, Hand] = {}
         self._orders: deque[tuple[int, int, Socket, int]] = deque()
         self._sweep_due = False
+        self._taken_over = False  # workers that are not this process's children
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = _open_children()
         self._take_nursery(*nursery)
@@ -156,8 +172,10 @@ class Crew:
                 page, ours, pid = first  # it is on its way
             else:
                 if self._nursery is None:
-                    self._take_nursery(*nurseries.fork(self._boot, self._lifeline))
+                    forked = nurseries.fork(self._boot, self._lifeline, self._escrow)
+                    self._take_nursery(*forked)
                 page, ours, theirs = nurseries.furnish()
+                self._escrow.park(worker, (ours.fileno(), page))
             ours.setblocking(False)
             hand = Hand(worker, slot, ours, page, self._clock())
         except OSError as error:
@@ -185,10 +203,12 @@ class Crew:
             The channel's place on the worker's page, or 0 if that could not be done.
         """
         hand = self._hands.get(worker)
-        if hand is None or not self._tell(hand, frames.plain(frames.ADOPT), channel):
+        if hand is None:
             return 0
         hand.channels += 1
-        return pages.slot(hand.channels)
+        hand.page.words[pages.CHANNELS] = hand.channels
+        place = pages.slot(hand.channels)
+        return place if self._tell(hand, frames.adopt(place), channel) else 0
 
     def kill(self, worker: int, reason: str | None) -> None:
         """Kill a worker and its process group, now.
@@ -202,10 +222,14 @@ class Crew:
             return
         hand.kill_reason = hand.kill_reason or reason
         if hand.pid is not None:
-            _kill_group(hand.pid)
+            _kill(hand)
+            return
+        if hand.inherited:
+            # Nobody knows its pid yet. Without this socket it ends by itself, if it is ever born.
+            self._bury(hand, None, None)
             return
         late = self._clock() - hand.born >= self._start_timeout
-        if late or all(other.kill_reason for other in self._unborn.values()):
+        if late or all(other.kill_reason for other in self._unborn.values() if not other.inherited):
             self._end_stuck_nursery(late)
 
     def _end_stuck_nursery(self, late: bool) -> None:
@@ -276,6 +300,7 @@ class Crew:
     def _bury(self, hand: Hand, exitcode: int | None, peak: int | None, why: str = "") -> None:
         self._hands.pop(hand.worker, None)
         self._unborn.pop(hand.worker, None)
+        self._escrow.drop(hand.worker)
         obituary = Obituary(
             pid=hand.pid,
             slot=hand.slot,
@@ -309,6 +334,79 @@ class Crew:
             with contextlib.suppress(PermissionError):  # it became another user's, by sudo or su
                 os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
         return len(strays)
+
+    # --- those of another manager ---------------------------------------------------------
+
+    def take_over(self, process: Process, control_fd: int, page_fd: int) -> None:
+        """Have charge of a worker that another manager started; `resume` will look after it.
+
+        Args:
+            process: what is known of it.
+            control_fd, page_fd: this process's copies; owned from here on.
+
+        Raises:
+            OSError: no descriptor or no memory is left.
+        """
+        hand = Hand(process.worker, process.slot, Socket(fileno=control_fd), page_fd, process.born)
+        hand.inherited = True
+        hand.channels = hand.page.words[pages.CHANNELS]
+        self._hands[hand.worker] = self._unborn[hand.worker] = hand
+        self._taken_over = True
+        pid = process.pid or hand.page.words[pages.PID]
+        if pid:
+            self._identify(hand, pid, process.started or kin.started(pid) or 0)
+
+    def give_up(self, process: Process) -> None:
+        """Kill a worker that another manager started and that cannot be taken over."""
+        self._taken_over = True
+        if process.pid:
+            with contextlib.suppress(OSError):  # no descriptor: `sweep_marked` finds it
+                pidfd = kin.hold(process.pid, process.started)
+                if pidfd is not None:
+                    kin.kill_group(process.pid, pidfd)
+                    os.close(pidfd)
+
+    def resume(self, worker: int) -> None:
+        """Hear what a worker that was taken over has said meanwhile, or how it ended."""
+        hand = self._hands.get(worker)
+        if hand is None:
+            return
+        if hand.pid is not None and hand.pidfd < 0:
+            self._hear(hand)
+            if worker in self._hands:
+                self._bury(hand, None, None)
+            return
+        if hand.control.fileno() >= 0:
+            self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
+            self._hear(hand)
+
+    def _identify(self, hand: Hand, pid: int, created: int) -> None:
+        """The process of a worker that was taken over is found out, or that it has ended."""
+        self._unborn.pop(hand.worker, None)
+        hand.pid = pid
+        pidfd = kin.hold(pid, created)
+        if pidfd is not None:
+            hand.pidfd = pidfd
+            self._loop.add(pidfd, lambda _: self._outlived(hand))
+            self._listener.worker_born(hand.worker, pid)
+
+    def _outlived(self, hand: Hand) -> None:
+        """One that was taken over has ended."""
+        self._hear(hand)
+        self._loop.remove(hand.pidfd)
+        assert hand.pid is not None
+        self._bury(hand, kin.exit_code(hand.pid, hand.pidfd), None)
+        self.sweep_marked()
+
+    def sweep_marked(self) -> None:
+        """Kill what workers left behind that were not this process's children."""
+        if self._taken_over:
+            self._read_nursery()
+            living = {os.getpid(), *self._by_pid}
+            living |= {hand.pid for hand in self._hands.values() if hand.pid is not None}
+            if self._nursery_pid is not None:
+                living.add(self._nursery_pid)
+            kin.kill_strays(self._boot.pool_id, living)
 
     # --- the nursery ----------------------------------------------------------------------
 
@@ -371,10 +469,11 @@ class Crew:
         del self._unborn[hand.worker]
         hand.pid = pid
         self._by_pid[pid] = hand
+        self._listener.worker_born(hand.worker, pid)
         # Not listened to before: a quick worker's READY can overtake the news of its birth.
         self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
         if hand.kill_reason is not None:
-            _kill_group(pid)
+            _kill(hand)
 
     def _lose_nursery(self) -> None:
         assert self._nursery is not None
@@ -385,6 +484,8 @@ class Crew:
             self._orders.popleft()[2].close()
         told = self._nursery_word
         for hand in list(self._unborn.values()):
+            if hand.inherited:
+                continue  # it is another nursery's
             if told:
                 self._listener.worker_failed(hand.worker, told)
             self._bury(hand, None, None, told or "the nursery, which starts the workers, died")
@@ -404,9 +505,14 @@ class Crew:
                 data = b""
             if not data:
                 self._drop_control(hand)
-                if hand.pid in self._by_pid and not is_exiting(hand.pid):
+                if hand.inherited and hand.pid is None:
+                    # The nursery was told by another manager to start it, and did not come to it.
+                    self._bury(hand, None, None, "it was never started: the manager had died")
+                elif not is_exiting(hand.pid):
                     self.kill(hand.worker, "it closed its connection to the manager")
                 return
+            if hand.pid is None and (pid := hand.page.words[pages.PID]):
+                self._identify(hand, pid, kin.started(pid) or 0)
             try:
                 bodies = hand.decoder.feed(data)
             except ProtocolError as error:
@@ -419,6 +525,8 @@ class Crew:
                     self._listener.worker_failed(hand.worker, frames.read_plain(body))
                 elif body[0] == frames.RELEASED:
                     self._listener.worker_released(hand.worker, frames.read_lease(body)[0])
+            if hand.inherited and hand.pid is not None and hand.pidfd < 0:
+                self._bury(hand, None, None)  # it has ended since it said that
 
     def _tell(self, hand: Hand, data: bytes, passed: Socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""
@@ -457,8 +565,9 @@ class Crew:
         return self._sweep()
 
     def kill_rest(self) -> None:
-        """Kill whatever still is a child of this process."""
+        """Kill whatever still is a child of this process, or a worker's that was taken over."""
         self._sweep(last=True)
+        self.sweep_marked()
 
 
 def _open_children() -> int | None:
@@ -493,6 +602,15 @@ def _of_another_pool(pid: int, pool_id: str) -> bool:
     except OSError:
         return False  # it is a zombie, or another user's by now
     return bool(marks) and marks != [_MARK + pool_id.encode()]
+
+
+def _kill(hand: Hand) -> None:
+    """SIGKILL to a worker and its group."""
+    assert hand.pid is not None
+    if not hand.inherited:
+        _kill_group(hand.pid)
+    elif hand.pidfd >= 0:
+        kin.kill_group(hand.pid, hand.pidfd)
 
 
 def _kill_group(pid: int) -> None:

@@ -10,6 +10,10 @@ import os
 import resource
 
 from whitepool_mp.wire import boot as boots
+from whitepool_mp.wire import ledger as ledgers
+from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.escrow import Escrow
+from whitepool_mp.wire.ledger import Ledger
 from whitepool_mp.worker import linux
 from whitepool_mp.worker import nursery as nurseries
 
@@ -21,29 +25,41 @@ else:
     import _signal as signal  # as in `worker.linux`
 
 
-def main(boot_fd: int, listener_fd: int) -> NoReturn:
-    """Be the manager.
+def main(
+    boot_fd: int, listener_fd: int, ledger_fd: int, lifeline: int, inlet_fd: int, outlet_fd: int
+) -> NoReturn:
+    """Be the manager. All descriptors are the owner's, and this process's copies.
 
     Args:
         boot_fd: the memory file that says what pool this is.
-        listener_fd: the listening socket, bound by the owner.
+        listener_fd: the listening socket.
+        ledger_fd: the pool's ledger.
+        lifeline: the read end of the pipe that ends with the owner.
+        inlet_fd, outlet_fd: the two ends of the queue of descriptors in escrow.
     """
     # Whatever the thread that made the pool had blocked: deaths are told by signals here.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     boot = boots.read(boot_fd)
-    os.set_inheritable(boot_fd, False)
+    for fd in (boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd):
+        os.set_inheritable(fd, False)
     code = 1
     try:
         _stand_apart()
         owner = _watch(boot.owner)
         if owner is not None:
-            # The write end is never used and never closed: its end-of-file is this process's death.
-            lifeline, _ = os.pipe2(os.O_CLOEXEC)
-            nursery, first = nurseries.begin(boot, boot_fd, lifeline)
+            ledger = Ledger(ledger_fd)
+            os.close(ledger_fd)
+            escrow = Escrow(Socket(fileno=inlet_fd), Socket(fileno=outlet_fd))
+            first = None
+            if ledger.words[ledgers.SERVED]:
+                nursery = nurseries.fork(boot, lifeline, escrow)
+            else:
+                escrow.clear()  # of a manager that died before it served
+                nursery, first = nurseries.begin(boot, boot_fd, lifeline, escrow)
             os.close(boot_fd)
             from whitepool_mp.manager.service import serve
 
-            serve(boot, listener_fd, owner, lifeline, nursery, first)
+            serve(boot, listener_fd, owner, lifeline, nursery, first, ledger, escrow)
         else:
             nurseries.remove(boot.folder)
         code = 0

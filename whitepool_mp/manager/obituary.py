@@ -50,6 +50,11 @@ class Obituary(Record):
         return self._asdict()
 
 
+def unknown(pid: int | None, slot: int, reason: str) -> Obituary:
+    """The obituary of a worker of which nothing is known but that it is lost."""
+    return Obituary(pid, slot, None, 0.0, None, 0, None, reason)
+
+
 def read_stack(page: int) -> str | None:
     """What faulthandler wrote behind the shared page, or None; without the worker's own frames."""
     text = os.pread(page, _LONGEST_STACK, pages.SIZE).decode("utf-8", "replace").strip()

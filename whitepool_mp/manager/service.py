@@ -3,6 +3,9 @@
 It ends when the pool is drained or terminated, or its owner dies (a pidfd in the one wait). Its
 last acts: every worker and the nursery dead and reaped, the folder removed, whoever waits for the
 end told.
+
+A manager that is not the pool's first takes over (`_take_over`) what the last one left: the workers
+and their descriptors, the leases, and the clients, who come back by themselves.
 """
 
 from __future__ import annotations
@@ -13,13 +16,19 @@ import os
 import time
 
 from whitepool_mp.broker import Terminate
+from whitepool_mp.manager import obituary
+from whitepool_mp.manager.books import Books
 from whitepool_mp.manager.clients import Door
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.crew import Crew
 from whitepool_mp.manager.loop import Loop
+from whitepool_mp.manager.obituary import Obituary
 from whitepool_mp.policy import Policy
+from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.escrow import Escrow
+from whitepool_mp.wire.ledger import Ledger
 from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -41,6 +50,8 @@ def serve(
     lifeline: int,
     nursery: tuple[int, Socket],
     first: tuple[int, Socket, int | None] | None,
+    ledger: Ledger,
+    escrow: Escrow,
 ) -> None:
     """Serve a pool until it has ended.
 
@@ -48,18 +59,26 @@ def serve(
         boot: what pool it is.
         listener_fd: the listening socket, bound by the owner.
         owner: a descriptor that is readable once the owner has ended.
-        lifeline: the read end of the pipe whose other end is this process's alone.
+        lifeline: the read end of the pipe whose other end is the owner's alone.
         nursery: the nursery's pid and this process's end to it.
         first: of the worker that was started or ordered already, as from `nursery.begin`.
+        ledger, escrow: what a manager leaves to the next one.
     """
     policy = Policy(*boot.policy)
     loop = Loop()
-    manager = Manager(policy, loop, time.monotonic)
-    crew = Crew(boot, loop, manager, time.monotonic, lifeline, policy.start_timeout, nursery, first)
-    door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, time.monotonic)
+    books = Books(ledger)
+    clock = time.monotonic
+    manager = Manager(policy, loop, clock, books)
+    crew = Crew(boot, loop, manager, clock, lifeline, escrow, policy.start_timeout, nursery, first)
+    door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, clock, books)
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))
-    manager.start(crew, door)
+    if ledger.words[ledgers.SERVED]:
+        _take_over(books, escrow, manager, crew, door)
+    else:
+        books.clear()
+        manager.start(crew, door)
+    books.serving()
     gc.freeze()
     gc.enable()
     crew.reap()  # of a nursery that died before its death could be told by a signal
@@ -71,9 +90,40 @@ def serve(
         loop.turn(deadline - now)  # SIGCHLD: somebody ended, and was reaped
         left = crew.end_nursery()
     crew.kill_rest()
+    books.finished()
     nurseries.remove(boot.folder)
     manager.answer_drainers()
     door.close()
+
+
+def _take_over(books: Books, escrow: Escrow, manager: Manager, crew: Crew, door: Door) -> None:
+    """Go on where the last manager was killed."""
+    past = books.past()
+    parked = escrow.take(books.generation)
+    lost: dict[int, Obituary] = {}
+    for process in past.processes:
+        fds = parked.pop(process.worker, [])
+        why = ""
+        if len(fds) == 2:
+            try:
+                crew.take_over(process, *fds)
+                continue
+            except OSError as error:
+                why = f": {type(error).__name__}: {error}"
+        crew.give_up(process)
+        for fd in fds:
+            os.close(fd)
+        lost[process.worker] = obituary.unknown(
+            process.pid or None, process.slot, f"no manager could take it over{why}"
+        )
+    for key, fds in parked.items():
+        escrow.drop(key)
+        for fd in fds:
+            os.close(fd)
+    clients = [each.number for each in past.clients]
+    clients += [each.client for each in past.resume.workers if each.client is not None]
+    door.take_over(past.clients, max(clients, default=0))
+    manager.resume(crew, door, past, lost)
 
 
 def _owner_died(loop: Loop, owner: int, manager: Manager) -> None:
@@ -97,6 +147,7 @@ def _watch_signals(loop: Loop, manager: Manager, crew: Crew) -> None:
             manager.apply(Terminate())
         crew.reap()
         if signal.SIGALRM in numbers:
+            crew.sweep_marked()  # what workers left behind that died while there was no manager
             _warm_up()
 
     loop.add(wakeup_read, woken)

@@ -34,6 +34,7 @@ else:
 STREAM = int(_socket.SOCK_STREAM)
 SEQPACKET = int(_socket.SOCK_SEQPACKET)
 DONTWAIT = int(_socket.MSG_DONTWAIT)
+PEEK = int(_socket.MSG_PEEK)
 
 _FD_BYTES = calcsize("i")
 
@@ -54,7 +55,7 @@ def send(sock: Socket, data: bytes, fds: Sequence[int]) -> int:
     return sock.sendmsg([data], [passed])
 
 
-def receive(sock: Socket, size: int, most: int) -> tuple[bytes, list[int]]:
+def receive(sock: Socket, size: int, most: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """Receive bytes and the descriptors that came with them, close-on-exec from the start.
 
     (`socket.recv_fds` drops the flags that it is given, and so cannot do that.)
@@ -63,12 +64,13 @@ def receive(sock: Socket, size: int, most: int) -> tuple[bytes, list[int]]:
         sock: a Unix socket.
         size: at most how many bytes.
         most: at most how many descriptors.
+        flags: with `PEEK`, what is received stays to be received again.
 
     Raises:
         OSError: as for `socket.socket.recvmsg`.
     """
     data, ancillary, _, _ = sock.recvmsg(
-        size, _socket.CMSG_LEN(most * _FD_BYTES), _socket.MSG_CMSG_CLOEXEC
+        size, _socket.CMSG_LEN(most * _FD_BYTES), _socket.MSG_CMSG_CLOEXEC | flags
     )
     fds: list[int] = []
     for level, kind, content in ancillary:
@@ -78,4 +80,4 @@ def receive(sock: Socket, size: int, most: int) -> tuple[bytes, list[int]]:
     return data, fds
 
 
-__all__ = ["DONTWAIT", "SEQPACKET", "STREAM", "Socket", "pair", "receive", "send"]
+__all__ = ["DONTWAIT", "PEEK", "SEQPACKET", "STREAM", "Socket", "pair", "receive", "send"]

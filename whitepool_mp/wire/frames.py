@@ -3,6 +3,8 @@
     client  --CHECKOUT, CHECKIN, ...-->  manager  --ADOPT, RECALL, RETIRE-->   worker
             <--GRANT, REFUSED, ...----            <--READY, FAILED, RELEASED--
 
+A client whose manager died says all that has no answer yet to the next one, and then REJOINED.
+
 A frame is a length and a body, the length in the form that `multiprocessing.connection` uses
 (`!i`). A body is one byte of kind, then fixed fields, then at most one text or JSON tail. There
 is no I/O in this module: `FrameDecoder` takes bytes and gives bodies; encoders give bytes.
@@ -44,6 +46,8 @@ WORKERS = 9
 RESIZE = 10
 DRAIN = 11
 TERMINATE = 12
+REJOINED = 13
+PING = 14
 # Manager to client.
 CHALLENGE = 64
 WELCOME = 65
@@ -64,8 +68,9 @@ RELEASED = 133
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")
-_AUTH = struct.Struct("!B32s32s16sI")
-_CHECKOUT = struct.Struct("!BIBd")
+_AUTH = struct.Struct("!B32s32s16sIQ")
+_WELCOME = struct.Struct("!B32sI")
+_CHECKOUT = struct.Struct("!BIBdd")
 _BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
 _LEASE = struct.Struct("!BQ")
 _RECALL = struct.Struct("!BQ?")
@@ -78,20 +83,25 @@ _CHANNEL = struct.Struct("!BIB?")
 
 
 class Auth(Record):
-    """The answer to a challenge: who asks, and the proof that it has the pool's key."""
+    """The answer to a challenge: who asks, and the proof that it has the pool's key.
+
+    `link` is the connection's own number, by which the next manager knows it again; 0 for none.
+    """
 
     nonce: bytes
     proof: bytes
     member: bytes
     pid: int
     thread: str
+    link: int = 0
 
 
 class Checkout(Record):
     """A request for a worker; `deadline` is in seconds of the system-wide monotonic clock.
 
     `keep`: the lease is for jobs, and may be recalled between them. `spare_own`: not so that those
-    which this client keeps are recalled for this one.
+    which this client keeps are recalled for this one. `asked`: when this was first asked, on the
+    same clock: a manager that takes over serves those who ask again in that order.
     """
 
     request: int
@@ -100,6 +110,7 @@ class Checkout(Record):
     site: str
     keep: bool = False
     spare_own: bool = False
+    asked: float = 0.0
 
 
 class Grant(Record):
@@ -192,15 +203,15 @@ def _clip(text: str, limit: int = 60_000) -> bytes:
 # --- requests ---------------------------------------------------------------------------------
 
 
-def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str) -> bytes:
+def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str, link: int = 0) -> bytes:
     """Answer to CHALLENGE."""
-    return frame(_AUTH.pack(AUTH, nonce, proof, member, pid) + _clip(thread, 200))
+    return frame(_AUTH.pack(AUTH, nonce, proof, member, pid, link) + _clip(thread, 200))
 
 
 def read_auth(body: bytes) -> Auth:
     """Decode AUTH."""
-    _, nonce, proof, member, pid = _unpack(_AUTH, body)
-    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size))
+    _, nonce, proof, member, pid, link = _unpack(_AUTH, body)
+    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size), link)
 
 
 def checkout(
@@ -210,18 +221,19 @@ def checkout(
     site: str,
     keep: bool = False,
     spare_own: bool = False,
+    asked: float = 0.0,
 ) -> bytes:
     """Ask for a worker."""
     when = float("inf") if deadline is None else deadline
     flags = _BLOCK * block | _KEEP * keep | _SPARE_OWN * spare_own
-    return frame(_CHECKOUT.pack(CHECKOUT, request, flags, when) + _clip(site, 400))
+    return frame(_CHECKOUT.pack(CHECKOUT, request, flags, when, asked) + _clip(site, 400))
 
 
 def read_checkout(body: bytes) -> Checkout:
     """Decode CHECKOUT."""
-    _, request, flags, deadline = _unpack(_CHECKOUT, body)
-    if deadline != deadline:
-        raise ProtocolError("a checkout whose deadline is not a number")
+    _, request, flags, deadline, asked = _unpack(_CHECKOUT, body)
+    if deadline != deadline or asked != asked:
+        raise ProtocolError("a checkout whose times are not numbers")
     return Checkout(
         request,
         bool(flags & _BLOCK),
@@ -229,11 +241,12 @@ def read_checkout(body: bytes) -> Checkout:
         _text(body, _CHECKOUT.size),
         bool(flags & _KEEP),
         bool(flags & _SPARE_OWN),
+        asked,
     )
 
 
 def request(kind: int, number: int) -> bytes:
-    """A request without fields: CANCEL, STATUS, WORKERS, DRAIN or TERMINATE."""
+    """A request without fields: CANCEL, STATUS, WORKERS, DRAIN, TERMINATE, PING; or REJOINED."""
     return frame(_REQUEST.pack(kind, number))
 
 
@@ -254,7 +267,8 @@ def destroy(lease: int, reason: str) -> bytes:
 
 
 def read_lease(body: bytes) -> tuple[int, str]:
-    """Decode CHECKIN, DESTROY or RELEASED: the lease, and the reason of a DESTROY."""
+    """Decode CHECKIN, DESTROY or RELEASED: the lease, and the reason of a DESTROY. Or ADOPT: the
+    place."""
     _, lease = _unpack(_LEASE, body)
     return lease, _text(body, _LEASE.size)
 
@@ -289,13 +303,19 @@ def challenge(nonce: bytes) -> bytes:
     return frame(_NONCE.pack(CHALLENGE, nonce))
 
 
-def welcome(proof: bytes) -> bytes:
-    """The manager's proof that it has the key too."""
-    return frame(_NONCE.pack(WELCOME, proof))
+def welcome(proof: bytes, generation: int = 1) -> bytes:
+    """The manager's proof that it has the key too, and the how manieth of the pool it is."""
+    return frame(_WELCOME.pack(WELCOME, proof, generation))
+
+
+def read_welcome(body: bytes) -> tuple[bytes, int]:
+    """Decode WELCOME: the proof, and which manager of the pool it is."""
+    _, proof, generation = _unpack(_WELCOME, body)
+    return proof, generation
 
 
 def read_nonce(body: bytes) -> bytes:
-    """Decode CHALLENGE or WELCOME."""
+    """Decode CHALLENGE."""
     nonce: bytes = _unpack(_NONCE, body)[1]
     return nonce
 
@@ -352,6 +372,11 @@ def reply(number: int, value: Any) -> bytes:
     return frame(_REQUEST.pack(REPLY, number) + json.dumps(value).encode())
 
 
+def pong(number: int) -> bytes:
+    """Answer to PING: all that the client said before it was heard."""
+    return frame(_REQUEST.pack(REPLY, number) + b"true")
+
+
 def read_reply(body: bytes) -> Any:
     """Decode REPLY."""
     import json
@@ -376,13 +401,18 @@ def read_recall(body: bytes) -> tuple[int, bool]:
     return lease, patient
 
 
+def adopt(place: int) -> bytes:
+    """Give a worker a channel (a descriptor comes with it), and its place on the page."""
+    return frame(_LEASE.pack(ADOPT, place))
+
+
 def released(lease: int) -> bytes:
     """Answer to RECALL: no call under this lease runs or will begin."""
     return frame(_LEASE.pack(RELEASED, lease))
 
 
 def plain(kind: int, text: str = "") -> bytes:
-    """ADOPT (with a descriptor), RETIRE, READY, FAILED (with the traceback) or DENIED."""
+    """RETIRE, READY, FAILED (with the traceback) or DENIED."""
     return frame(bytes((kind,)) + _clip(text))
 
 

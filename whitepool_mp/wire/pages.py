@@ -50,10 +50,20 @@ KIND = 10
 """What kind of results of a BULK lie here (see `messages`); 0 if none do."""
 MARK = 11
 """If they are numbers: what lies behind the last of them."""
-SLOTS = 248
+PID = 14
+"""The worker's process id, once it lives."""
+READY = 15
+"""Whether the worker has said READY."""
+RETURNED = 16
+"""The lease that its holder gave back last, written before the manager is told, ..."""
+DESTROYED = 17
+"""... or gave up as dirty: what a manager had not heard when it was killed, the next one reads."""
+CHANNELS = 18
+"""How many channels the worker was given."""
+SLOTS = 240
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
-_FIRST_SLOT = 16
+_FIRST_SLOT = 32
 """Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
 second, were taken back, and the worker refuses them."""
 

@@ -91,6 +91,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
     control = Socket(fileno=control_fd)
     control.setblocking(True)
     page = pages.Page(page_fd)
+    page.words[pages.PID] = os.getpid()  # also where news of the birth were lost with a manager
     page.order_me()
     resource = None
     own = os.getpid()
@@ -107,6 +108,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
         return 0
     teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
     control.sendall(frames.plain(frames.READY))
+    page.words[pages.READY] = 1  # after it was said: a manager that lost the message knows it now
     server = Server(control, page, resource)
     os.register_at_fork(after_in_child=server.close_inherited)
     if not server.run():

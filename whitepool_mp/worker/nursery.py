@@ -9,9 +9,11 @@ before it exits, so a child of the manager's that no BORN announced is never a w
 
 The nursery is forked from the manager, single-threaded as well, so it costs no interpreter start.
 It imports all that a worker needs, and the user's `preload` modules: a failure there is reported
-and ends it; the manager starts another when it next wants a worker. When the manager dies without
-a word (SIGKILL), the nursery removes the pool's folder and kills whatever still carries the pool's
-marker; the kernel has killed the workers by then.
+and ends it; the manager starts another when it next wants a worker. The manager's end of the socket
+between them is in escrow as well, so end-of-file comes when the next manager lets go of it, or when
+manager and owner have both ended without a word (SIGKILL). Then the nursery removes the pool's
+folder and kills whatever still carries the pool's marker; the kernel has killed the workers by
+then.
 
 Importing this module is part of the manager's start, so it imports little itself.
 """
@@ -28,6 +30,7 @@ from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors, pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.escrow import NURSERY, Escrow
 from whitepool_mp.worker import linux
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -53,12 +56,13 @@ _LULL_MS = 500
 """How long there is no order before the nursery imports what later workers may want."""
 
 
-def fork(boot: Boot, lifeline: int) -> tuple[int, Socket]:
+def fork(boot: Boot, lifeline: int, escrow: Escrow) -> tuple[int, Socket]:
     """Fork a nursery from this process, the manager.
 
     Args:
         boot: what the pool's processes were told at the start.
-        lifeline: the read end of the manager's pipe.
+        lifeline: the read end of the owner's pipe.
+        escrow: where the manager's end is kept as well.
 
     Returns:
         The nursery's pid, and the manager's end of the socket pair between them (SOCK_SEQPACKET:
@@ -73,6 +77,7 @@ def fork(boot: Boot, lifeline: int) -> tuple[int, Socket]:
             raise
         if pid == 0:
             _main(boot, theirs, lifeline)
+    escrow.park(NURSERY, (ours.fileno(),))
     return pid, ours
 
 
@@ -106,7 +111,7 @@ def order(nursery: Socket, worker: int, slot: int, control: Socket, page: int) -
 
 
 def begin(
-    boot: Boot, boot_fd: int, lifeline: int
+    boot: Boot, boot_fd: int, lifeline: int, escrow: Escrow
 ) -> tuple[tuple[int, Socket], tuple[int, Socket, int | None] | None]:
     """Fork the nursery, and have the `FIRST` worker started before there is a broker to say so.
 
@@ -115,7 +120,8 @@ def begin(
     Args:
         boot: what the pool's processes were told at the start.
         boot_fd: the memory file that says it.
-        lifeline: the read end of the manager's pipe.
+        lifeline: the read end of the owner's pipe.
+        escrow: where the manager's ends of the sockets are kept as well.
 
     Returns:
         As from `fork`; and the worker's page, the manager's end of the socket pair and, if it is
@@ -126,20 +132,22 @@ def begin(
     try:
         page, ours, theirs = furnish()
     except OSError:
-        return fork(boot, lifeline), None
+        return fork(boot, lifeline, escrow), None
     with theirs:
         try:
+            escrow.park(FIRST[0], (ours.fileno(), page))
             if boot.start_method == "loky":
                 pid = _exec(boot, boot_fd, FIRST[1], theirs.fileno(), page, lifeline)
-            nursery = fork(boot, lifeline)
+            nursery = fork(boot, lifeline, escrow)
             if pid is None:
                 order(nursery[1], *FIRST, theirs, page)
         except Exception:
             if pid is not None:
                 raise  # there is no nursery: this is the end of the pool
+            escrow.drop(FIRST[0])
             ours.close()
             os.close(page)
-            return fork(boot, lifeline), None
+            return fork(boot, lifeline, escrow), None
     return nursery, (page, ours, pid)
 
 
@@ -149,7 +157,7 @@ def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
     Args:
         boot: what the pool's processes were told at the start.
         sock: the nursery's end of the socket pair.
-        lifeline: the read end of the manager's pipe.
+        lifeline: the read end of the owner's pipe.
     """
     code = 1
     try:
@@ -224,7 +232,7 @@ class _Nursery:
         import importlib
 
         gc.enable()
-        # While user code runs here, the kernel ends this process with the manager.
+        # While user code runs here, the kernel ends this process with the owner.
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
         sys.argv[:] = self._boot.argv
@@ -300,9 +308,12 @@ class _Nursery:
             os._exit(0)
 
     def _clean_up(self) -> None:
-        """The manager is gone. If it went in order there is nothing left to do here."""
+        """Nobody wants workers from here any more: another manager has a nursery of its own, or the
+        owner has ended too. If the pool ended in order there is nothing left to do."""
         folder = self._boot.folder
-        if not os.path.isdir(folder):
+        poller = select.poll()
+        poller.register(self._lifeline, select.POLLIN)
+        if not poller.poll(0) or not os.path.isdir(folder):
             return
         remove(folder)
         kill_marked(self._boot.pool_id)

@@ -46,7 +46,6 @@ class Server(Calls):
         self._control = control
         self._decoder = frames.FrameDecoder()
         self._channels: dict[int, Channel] = {}
-        self._adopted = 0
         self._poll = select.epoll()
         self._poll.register(control.fileno(), select.EPOLLIN)
         self._retired = False
@@ -88,8 +87,7 @@ class Server(Calls):
             if body[0] == frames.ADOPT:
                 sock = Socket(fileno=fds.pop(0))
                 sock.setblocking(True)
-                self._adopted += 1
-                skip = pages.slot_words(pages.slot(self._adopted))
+                skip = pages.slot_words(frames.read_lease(body)[0])
                 self._channels[sock.fileno()] = Channel(sock, skip)
                 self._poll.register(sock.fileno(), select.EPOLLIN)
             elif body[0] == frames.RECALL:
