@@ -421,7 +421,7 @@ def test_the_owner_killed_after_a_takeover_leaves_nothing(start_method: str, wit
         TAKEN_OVER
         + """
     session.status()
-    tell(told, session._member.owner.manager)
+    tell([told, session._member.owner.manager])
     sys.stdin.readline()
     """
     )
@@ -436,7 +436,7 @@ def test_the_owner_killed_after_a_takeover_leaves_nothing(start_method: str, wit
 
 def test_the_owner_killed_during_a_takeover_leaves_nothing(start_method: str) -> None:
     with script(
-        TAKEN_OVER + "    tell(told, session._member.owner.manager)\n", start_method
+        TAKEN_OVER + "    tell([told, session._member.owner.manager])\n", start_method
     ) as owner:
         told, boss = owner.hear()
         os.kill(owner.pid, signal.SIGKILL)
@@ -448,7 +448,7 @@ def test_the_owner_killed_during_a_takeover_leaves_nothing(start_method: str) ->
 def test_a_pool_ended_during_a_takeover_leaves_nothing(start_method: str) -> None:
     for end in ("terminate", "safe_shutdown", "terminate"):
         session = Pool(2, start_method=start_method).run_service()
-        everyone = [manager(session), nursery(session), *workers(session, 2)]
+        everyone = [*workers(session, 2), manager(session), nursery(session)]
         folder = Path(session._member.path).parent
         kill(manager(session))
         getattr(session, end)()
@@ -459,7 +459,7 @@ def test_a_pool_ended_during_a_takeover_leaves_nothing(start_method: str) -> Non
 def test_a_pool_whose_managers_cannot_start_is_lost_and_everybody_is_told(
     session: Session, threads: ThreadPoolExecutor
 ) -> None:
-    everyone = [manager(session), nursery(session), *workers(session, 2)]
+    everyone = [*workers(session, 2), manager(session), nursery(session)]
     folder = Path(session._member.path).parent
     owner = session._member.owner
     assert owner is not None
@@ -470,7 +470,7 @@ def test_a_pool_whose_managers_cannot_start_is_lost_and_everybody_is_told(
     waiting = [threads.submit(session.checkout, None), threads.submit(session.run, pow, 1, 1)]
     queued = session.submit(pow, 1, 1)
     until(lambda: session.status().waiting == 3)
-    kill(everyone[0])
+    kill(manager(session))
     for future in (running, *waiting, queued):
         error = future.exception(SOON)
         assert isinstance(error, ManagerDied), repr(error)
@@ -488,7 +488,7 @@ def test_managers_that_die_again_and_again_are_given_up(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("whitepool_mp.client.owner._QUICK_DEATHS", 3)
-    everyone = [nursery(session), *workers(session, 2)]
+    everyone = [*workers(session, 2), nursery(session)]
     over = threading.Event()
 
     def kill_managers() -> None:
@@ -501,6 +501,9 @@ def test_managers_that_die_again_and_again_are_given_up(
     killer = threading.Thread(target=kill_managers)
     killer.start()
     try:
+        owner = session._member.owner
+        assert owner is not None
+        until(lambda: owner.lost, SOON)
         with pytest.raises(ManagerDied, match="signal 9"):
             session.checkout(SOON)
     finally:

@@ -178,7 +178,8 @@ class Manager:
         starting = record is not None and record.state is WorkerState.BOOTING
         if starting and hand is not None and hand.page.words[pages.READY]:
             self.apply(WorkerReady(worker))  # the other manager had heard it, and did not live on
-        elif record is not None and hand is not None and record.client is not None:
+        elif hand is not None and record is not None and record.lease is not None:
+            assert record.client is not None
             words, lease = hand.page.words, record.lease
             if words[pages.DESTROYED] == lease:
                 self.apply(Destroy(record.client, lease, "its holder had it destroyed"))

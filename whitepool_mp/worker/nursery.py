@@ -52,6 +52,8 @@ BROKEN_KIND = 4
 MAX_TEXT = 32_000
 FIRST = 1, 0
 """Number and slot of the worker that every broker wants first."""
+_MOMENT_MS = 1000
+"""How long a process may take to die."""
 _LULL_MS = 500
 """How long there is no order before the nursery imports what later workers may want."""
 
@@ -313,7 +315,8 @@ class _Nursery:
         folder = self._boot.folder
         poller = select.poll()
         poller.register(self._lifeline, select.POLLIN)
-        if not poller.poll(0) or not os.path.isdir(folder):
+        # The two ends of a dying owner come one after the other.
+        if not poller.poll(_MOMENT_MS) or not os.path.isdir(folder):
             return
         remove(folder)
         kill_marked(self._boot.pool_id)
