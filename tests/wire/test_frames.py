@@ -25,9 +25,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=10,
 )
-PLAIN = st.sampled_from((frames.ADOPT, frames.RETIRE, frames.READY, frames.FAILED, frames.DENIED))
+PLAIN = st.sampled_from((frames.RETIRE, frames.READY, frames.FAILED, frames.DENIED))
 BARE = st.sampled_from(
-    (frames.CANCEL, frames.STATUS, frames.WORKERS, frames.DRAIN, frames.TERMINATE)
+    (
+        frames.CANCEL,
+        frames.STATUS,
+        frames.WORKERS,
+        frames.DRAIN,
+        frames.TERMINATE,
+        frames.REJOINED,
+        frames.PING,
+    )
 )
 ABOUT_A_LEASE = st.sampled_from((frames.OPEN, frames.WHY))
 
@@ -41,13 +49,15 @@ def sent(draw: st.DrawFn) -> tuple[bytes, int, Callable[[bytes], Any], Any]:
 
 
 def _auth(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    fields = (draw(NONCE), draw(NONCE), draw(st.binary(min_size=16, max_size=16)), number, text)
+    member = draw(st.binary(min_size=16, max_size=16))
+    fields = (draw(NONCE), draw(NONCE), member, number, text, draw(U64))
     return frames.auth(*fields), frames.AUTH, frames.read_auth, fields
 
 
 def _checkout(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
     flags = st.booleans()
-    fields = (number, draw(flags), draw(DEADLINE), text, draw(flags), draw(flags))
+    asked = draw(st.floats(allow_nan=False))
+    fields = (number, draw(flags), draw(DEADLINE), text, draw(flags), draw(flags), asked)
     return frames.checkout(*fields), frames.CHECKOUT, frames.read_checkout, fields
 
 
@@ -82,7 +92,15 @@ def _challenge(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 def _welcome(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
     proof = draw(NONCE)
-    return frames.welcome(proof), frames.WELCOME, frames.read_nonce, proof
+    return frames.welcome(proof, number), frames.WELCOME, frames.read_welcome, (proof, number)
+
+
+def _adopt(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
+    return frames.adopt(number), frames.ADOPT, frames.read_lease, (number, "")
+
+
+def _pong(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
+    return frames.pong(number), frames.REPLY, frames.read_reply, True
 
 
 def _grant(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
@@ -171,7 +189,7 @@ def test_a_frame_that_arrives_byte_by_byte_comes_out_at_its_last_byte(one: Any) 
 
 
 def test_every_kind_of_frame_is_in_the_round_trip() -> None:
-    assert len(KINDS) == len(set(KINDS)) == 26
+    assert len(KINDS) == len(set(KINDS)) == 28
     readers = {"auth", "checkout", "request", "lease", "request_lease", "resize", "nonce", "grant"}
     readers |= {"refused", "channel", "reply", "plain", "recall"}
     assert {read.__name__.removeprefix("read_") for read in READERS} == readers
@@ -224,6 +242,7 @@ def test_a_truncated_body_is_read_or_refused_but_never_a_crash(one: Any) -> None
         (frames.read_request_lease, frames.request_lease(frames.OPEN, 1, 1)),
         (frames.read_resize, frames.resize(1, 1, 1)),
         (frames.read_nonce, frames.challenge(bytes(32))),
+        (frames.read_welcome, frames.welcome(bytes(32))),
         (frames.read_grant, frames.grant(1, 1, 1, 1, 1)),
         (frames.read_refused, frames.refused(1, "full", "")),
         (frames.read_channel, frames.channel(1, 3)),

@@ -111,7 +111,7 @@ class Handshake:
         generation: the how manieth manager of the pool it was, once `done`.
     """
 
-    def __init__(self, key: bytes, member: bytes, link: int) -> None:
+    def __init__(self, key: bytes, member: bytes, link: int = 0) -> None:
         self._key = key
         self._member = member
         self._link = link

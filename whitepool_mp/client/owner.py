@@ -218,9 +218,9 @@ class Owner:
         with self._lock:
             self._close()
         if not orderly:
-            from whitepool_mp.worker.nursery import kill_marked
+            from whitepool_mp.wire import marked
 
-            kill_marked(self.pool_id)
+            marked.kill(self.pool_id)
         _remove(self.folder)
         self._over.set()
 

@@ -10,7 +10,7 @@ is reaped; whatever a dead worker leaves behind becomes a child of this process 
 (`_sweep`), so nothing escapes by detaching itself.
 
 Workers of a manager that was killed are taken over (`take_over`). They are nobody's children here:
-a pidfd tells of their death, and what they leave behind is found by its marker (`kin`).
+a pidfd tells of their death (`kin`), and what they leave behind is found by its marker.
 
 Nothing here decides: what becomes of a worker is the broker's affair.
 """
@@ -406,7 +406,9 @@ class Crew:
             living |= {hand.pid for hand in self._hands.values() if hand.pid is not None}
             if self._nursery_pid is not None:
                 living.add(self._nursery_pid)
-            kin.kill_strays(self._boot.pool_id, living)
+            from whitepool_mp.wire import marked
+
+            marked.kill(self._boot.pool_id, living)
 
     # --- the nursery ----------------------------------------------------------------------
 

@@ -13,12 +13,9 @@ import os
 import select
 import struct
 
-from whitepool_mp.wire import boot as boots
-
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Collection
 else:
     import _signal as signal  # as in `worker.linux`
 
@@ -105,34 +102,3 @@ def kill_group(pid: int, pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         # `signal.pidfd_send_signal` is one of what `_signal` has too.
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-def kill_strays(pool_id: str, living: Collection[int]) -> int:
-    """Kill every process born with the pool's marker that descends from none of the living.
-
-    Args:
-        pool_id: the pool's, as in the marker.
-        living: the pids of this process and of the workers and the nursery.
-
-    Returns:
-        How many there were.
-    """
-    import psutil
-
-    parents: dict[int, int] = {}
-    marked: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            parents[process.pid] = process.ppid()
-            if process.environ().get(boots.MARKER) == pool_id:
-                marked.append(process)
-    killed = 0
-    for process in marked:
-        pid: int | None = process.pid
-        while pid and pid not in living:
-            pid = parents.get(pid)
-        if not pid:
-            with contextlib.suppress(psutil.Error):  # it checks that it is the same process
-                process.kill()
-                killed += 1
-    return killed

@@ -319,7 +319,9 @@ class _Nursery:
         if not poller.poll(_MOMENT_MS) or not os.path.isdir(folder):
             return
         remove(folder)
-        kill_marked(self._boot.pool_id)
+        from whitepool_mp.wire import marked
+
+        marked.kill(self._boot.pool_id)
 
 
 def _exec(boot: Boot, boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) -> int:
@@ -378,26 +380,3 @@ def remove(folder: str) -> None:
             end(path)
         except OSError:  # somebody was quicker
             pass
-
-
-def kill_marked(pool_id: str) -> None:
-    """Kill every process born with the pool's marker, but not this one.
-
-    What a worker left behind may have detached itself from every other trace of the pool; its
-    environment at birth still tells. It ends with a pass that finds nobody new.
-    """
-    import psutil
-
-    killed = {psutil.Process()}
-    while True:
-        found = set()
-        for process in psutil.process_iter():
-            try:
-                if process not in killed and process.environ().get(boots.MARKER) == pool_id:
-                    process.kill()
-                    found.add(process)
-            except (psutil.Error, OSError):  # it has ended, or is another user's
-                pass
-        if not found:
-            return
-        killed |= found
