@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from typing import Any
 
 import psutil
 from support import until
@@ -18,6 +19,11 @@ def manager(session: Session) -> psutil.Process:
     owner = session._member.owner
     assert owner is not None
     return psutil.Process(owner.manager)
+
+
+def no_successor(session: Any) -> None:
+    """From now on no other manager can be started in the place of one that dies."""
+    session._member.owner._boot.interpreter[:] = ["/bin/false"]
 
 
 def workers(session: Session, count: int) -> list[psutil.Process]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import deeds
 import psutil
 import pytest
-from anatomy import elapsed, gone, kill, manager, nursery, workers
+from anatomy import elapsed, gone, kill, manager, no_successor, nursery, workers
 from support import until, whole
 from user_script import script
 
@@ -461,9 +461,7 @@ def test_a_pool_whose_managers_cannot_start_is_lost_and_everybody_is_told(
 ) -> None:
     everyone = [*workers(session, 2), manager(session), nursery(session)]
     folder = Path(session._member.path).parent
-    owner = session._member.owner
-    assert owner is not None
-    owner._boot.interpreter[:] = ["/bin/false"]
+    no_successor(session)
     idle = session.checkout(timeout=SOON)
     running = threads.submit(session.run, time.sleep, 1000)
     until(lambda: any(row.calls for row in session.workers()))

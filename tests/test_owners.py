@@ -366,7 +366,7 @@ def test_nonsense_from_a_client_closes_its_connection_alone(what: str) -> None:
         member = session._member
         link = Link(*member.joining()[:2], os.urandom(frames.MEMBER_BYTES))
         link._sock.settimeout(SOON)
-        link.send(PROVEN[what])
+        link._sock.sendall(PROVEN[what])
         assert closed_on(link._sock)
         link.close()
         serves_on(session)

@@ -23,6 +23,7 @@ from typing import Any
 import errands
 import numpy as np
 import pytest
+from anatomy import no_successor
 from support import pipe_writer, until, whole
 
 from whitepool_mp import (
@@ -408,6 +409,7 @@ def test_every_job_ends_when_the_manager_dies(pool: Session, tmp_path: Path) -> 
     queued = [pool.submit(errands.pid_and_wait, tmp_path / "pids") for _ in range(300)]
     owner = pool._member.owner
     assert owner is not None
+    no_successor(pool)
     kill(owner.manager)
     for future in (running, *queued):
         assert isinstance(future.exception(SOON), WhitepoolError)
