@@ -42,6 +42,8 @@ from whitepool_mp.broker import (
     Released,
     Report,
     Resize,
+    Resume,
+    Resumed,
     Retire,
     Spawn,
     Start,
@@ -50,6 +52,7 @@ from whitepool_mp.broker import (
     WorkerExited,
     WorkerFailed,
     WorkerReady,
+    WorkerState,
 )
 from whitepool_mp.config import Policy
 
@@ -122,6 +125,7 @@ class Observer:
         self.leases: list[L] = []
         self.last_worker = 0
         self.last_lease = 0
+        self.spawned_before = 0  # by the brokers before this one
         self.closing = False
         self.finishing: set[int] = set()
         self.drained = 0
@@ -302,6 +306,43 @@ class Observer:
             self.due_refusals = list(self.waiting)
             self.may_kill = [w for w in self.workers if w.state != "killed"]
 
+    def take_over(self) -> list[T]:
+        """Another broker begins, with what the last one had written down; who has to ask again."""
+        waiting, self.waiting = self.waiting, []
+        self.spawned_before = self.last_worker
+        self.closing = False
+        self.finishing = set()
+        self.attempt = self.unused_deaths = self.granted = self.late = self.released = 0
+        self.not_before = 0.0
+        self.last_failure = ""
+        for worker in self.workers:
+            worker.fresh = True
+        for lease in self.leases:
+            lease.recalled = lease.coming = False
+        self.leases.sort(key=lambda lease: (lease.worker.since, lease.id))
+        self.idle.sort(key=lambda worker: (worker.since, worker.id))
+        return waiting
+
+    def resume(self) -> Resume:
+        """What the last broker had written down."""
+        under = {lease.worker: lease for lease in self.leases}
+        workers = []
+        for worker in self.workers:
+            state = WorkerState.__dict__[worker.state.upper()]
+            known = Resumed(worker.id, worker.slot, state, worker.born, worker.since, worker.grants)
+            if worker in under:
+                lease = under[worker]
+                known = known._replace(
+                    lease=lease.id,
+                    client=lease.ticket.client,
+                    ticket=lease.ticket.ticket,
+                    kept=lease.kept,
+                    spare_own=lease.kept and lease.ticket.spare_own,
+                )
+            workers.append(known)
+        sizes = self.pool_size, self.limit - self.pool_size
+        return Resume(tuple(workers), *sizes, self.last_worker, self.last_lease)
+
     def open(self) -> list[T]:
         return self.waiting + [lease.ticket for lease in self.leases]
 
@@ -410,7 +451,7 @@ class Observer:
         assert lease.kept, "recalled though it is not kept"
         assert not lease.recalled, "recalled twice"
         demand = len(self.waiting) + self.surplus > self.coming and self.wanted(lease.ticket.client)
-        shrunk = isinstance(self.event, Resize) and self.too_many_kept
+        shrunk = isinstance(self.event, (Resize, Resume)) and self.too_many_kept
         draining = isinstance(self.event, Drain)
         patient = draining and lease.ticket.spare_own
         assert effect.patient is patient, "jobs in flight are lost, or others wait for them"
@@ -604,7 +645,7 @@ class Observer:
         assert status.counters["granted"] == self.granted
         assert status.counters["recalled"] == self.released
         assert status.counters["late_events"] == self.late
-        assert status.counters["spawned"] == self.last_worker
+        assert status.counters["spawned"] == self.last_worker - self.spawned_before
         holders = {lease.worker.id: lease for lease in self.leases}
         records = list(broker.workers())
         assert [record.id for record in records] == [worker.id for worker in self.workers]
@@ -670,6 +711,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.lasting = lasting
         self.gentle = gentle
         self.now = 0.0
+        self.policy = policy
         self.broker = Broker(policy, rng=FullDelay())
         self.books = Observer(policy)
         self.clients = [1, 3, 5]
@@ -695,6 +737,31 @@ class BrokerMachine(RuleBasedStateMachine):
         for lease in before:
             if lease not in self.books.leases and lease.recalled:
                 self.ended_recalls.append((lease.worker.id, lease.id))
+
+    @precondition(lambda self: not self.books.drained)
+    @rule()
+    def another_broker_takes_over(self) -> None:
+        """The process of this one is killed; waiters ask again, in their order, and so does whoever
+        wanted the pool to end."""
+        closing = self.books.closing
+        self.ended_recalls += [(x.worker.id, x.id) for x in self.books.leases if x.recalled]
+        event = self.books.resume()
+        waiting = self.books.take_over()
+        self.broker = Broker(self.policy, rng=FullDelay())
+        self.books.expect(event, self.now)
+        again = {w.id: w.state for w in self.books.by_state("retiring", "killed")}
+        for effect in self.broker.step(event, self.now):
+            if isinstance(effect, (Retire, Kill)) and effect.worker in again:
+                state = again.pop(effect.worker)
+                assert state == ("retiring" if isinstance(effect, Retire) else "killed")
+            else:
+                self.books.enter(effect)
+        assert not again, "not told again to end"
+        self.books.balance(self.broker)
+        for ticket in waiting:
+            self.send(Checkout(*list(vars(ticket).values())[:6]))
+        if closing:
+            self.send(Drain())
 
     def reason(self) -> str:
         self.failures += 1
@@ -747,7 +814,16 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def checkout_again(self, pick: int) -> None:
         ticket = self.books.open()[pick % len(self.books.open())]
-        self.send(Checkout(ticket.client, ticket.ticket, True, None))
+        event = Checkout(ticket.client, ticket.ticket, True, None)
+        self.books.expect(event, self.now)
+        told = self.broker.step(event, self.now)
+        granted = [
+            Grant(ticket.client, ticket.ticket, lease.id, lease.worker.id, lease.kept)
+            for lease in self.books.leases
+            if lease.ticket is ticket
+        ]
+        assert told == granted, "told again what it was granted, and nothing else happens"
+        self.books.balance(self.broker)
 
     @precondition(lambda self: self.books.waiting)
     @rule(pick=PICK)

@@ -400,6 +400,7 @@ class Broker(Moves):
                 assert worker.client is not None
                 assert worker.ticket is not None
                 self._clients.setdefault(worker.client, {})[worker.ticket] = worker
+        self._shrink_kept(out)
         self._settle(now, out)
 
     def _on_tick(self, event: Tick, now: float, out: list[Effect]) -> None:
@@ -433,12 +434,7 @@ class Broker(Moves):
             self._kill(newest, "the pool shrank", now, out)
         while roster.idle and roster.alive > self._limit:
             self._retire_idle(oldest(roster.idle), now, out)
-        keeps = roster.keeps
-        while (kept := keeps.oldest()) is not None and (
-            keeps.unrecalled() > self._pool_size
-            or len(roster.leases) - keeps.recalled > self._limit
-        ):
-            self._recall(kept, out)
+        self._shrink_kept(out)
         if self._waitlist:
             self._call_back(out)
             # Those behind the limit would now have to wait for a checkin.

@@ -148,6 +148,15 @@ class Moves:
                 break
             self._recall(worker, out)
 
+    def _shrink_kept(self, out: list[Effect]) -> None:
+        """Recall the oldest kept leases until there are no more of them than may be."""
+        roster, keeps = self._roster, self._roster.keeps
+        while (kept := keeps.oldest()) is not None and (
+            keeps.unrecalled() > self._pool_size
+            or len(roster.leases) - keeps.recalled > self._limit
+        ):
+            self._recall(kept, out)
+
     def _turn_away(self, detail: str, now: float, out: list[Effect]) -> None:
         """Refuse non-blocking waiters that neither a start nor a recalled lease will serve."""
         places = self._returning()

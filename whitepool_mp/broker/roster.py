@@ -96,21 +96,23 @@ class Roster:
         self._last_lease = event.last_lease
         taken = {each.slot for each in alive}
         self._free = [slot for slot in range(max(taken, default=-1) + 1) if slot not in taken]
-        for each in sorted(event.workers, key=lambda each: each.since):
+        for each in sorted(event.workers):
             worker = Worker(each.id, each.slot, each.born, 0)
-            worker.state = state = each.state
+            worker.state = each.state
             worker.since = each.since
             worker.leases_served = each.leases_served
+            worker.lease, worker.client, worker.ticket = each.lease, each.client, each.ticket
             self.known[worker.id] = worker
-            if state is LEASED:
+            self.changed.append(worker)
+        for each in sorted(event.workers, key=lambda each: (each.since, each.lease or 0)):
+            worker = self.known[each.id]
+            if each.state is LEASED:
                 assert each.lease is not None
-                worker.lease, worker.client, worker.ticket = each.lease, each.client, each.ticket
                 self.leases[each.lease] = worker
                 if each.kept:
                     self.keeps.add(worker, each.spare_own)
-            elif state is not KILLED:
-                self._of(state)[worker.id] = worker
-            self.changed.append(worker)
+            elif each.state is not KILLED:
+                self._of(each.state)[worker.id] = worker
 
     def _of(self, state: WorkerState) -> OrderedDict[int, Worker]:
         """The container of a state that has workers by their numbers."""

@@ -356,6 +356,8 @@ class Engine(Channels):
 
 def _give_back(outbox: bytearray, free: dict[EngineLease, None], sock: socket.socket) -> None:
     """Check in what is kept and has nothing to do, so that it need not be replaced."""
+    for lease in free:
+        lease.note_returned()
     data = bytes(outbox) + b"".join(frames.checkin(lease.id) for lease in free)
     with contextlib.suppress(OSError):  # then the manager sees the connection end
         sock.send(data)

@@ -6,7 +6,7 @@ from collections import deque
 
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.tasks import Task
-from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire import frames, messages, pages
 from whitepool_mp.wire.messages import HEAD
 
 LOST = "lost (its worker died)"
@@ -53,6 +53,11 @@ class EngineLease:
         self.stuck = False
         self.watched = False
         self.ended: str | None = None
+
+    def note_returned(self) -> None:
+        """It is about to be given back: write it where a manager after this one reads it."""
+        if self.channel is not None:
+            self.channel.page.words[pages.RETURNED] = self.id
 
     @property
     def task(self) -> Task | None:

@@ -127,6 +127,7 @@ class Requests:
         """Give a worker back."""
         if lease.ended is None:
             lease.ended = "checked in"
+            lease.note_returned()
             if lease.channel is not None:
                 lease.channel.lease = None
             self._say(frames.checkin(lease.id))
