@@ -147,10 +147,11 @@ class ShutdownTimeout(WhitepoolError, TimeoutError):
 
 
 class ManagerDied(WhitepoolError):
-    """The pool's manager process is gone, and all of its workers with it.
+    """The pool's manager process is gone, none can be started in its place, and the workers ended.
 
-    Somebody killed it, or the system did (out of memory): this pool does not come back, and a call
-    that was running may have had its effects. Make a new pool.
+    A manager that is killed is replaced, and nobody notices. This one was not: those after it died
+    as well, no process can be started, or the process that owned the pool died with it. A call that
+    was running may have had its effects. Make a new pool.
     """
 
 
