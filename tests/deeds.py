@@ -423,3 +423,27 @@ def cut_page():
         except OSError:
             continue
     return done
+
+
+class False_(Exception):
+    """An exception that is false."""
+
+    def __bool__(self):
+        return False
+
+
+# --- with something in hand -------------------------------------------------------------------
+
+
+def leave_with(_):
+    os._exit(3)
+
+
+def die_behind(data):
+    """Be killed at about the moment in which the result is sent."""
+    threading.Timer(0.001, kill_self).start()
+    return data
+
+
+def nap():
+    time.sleep(0.02)
