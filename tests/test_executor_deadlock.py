@@ -6,6 +6,7 @@ that dies is replaced, and what fails without a death does not even cost a worke
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -357,9 +358,9 @@ def test_a_map_s_exception_comes_in_its_place(executor: SessionExecutor) -> None
 
 def test_a_map_s_time_is_for_all_of_it(executor: SessionExecutor, tmp_path: Path) -> None:
     path = tmp_path / "pids"
-    jobs = [functools_partial(errands.square, 2), functools_partial(errands.pid_and_wait, path)]
+    jobs = [functools.partial(errands.square, 2), functools.partial(errands.pid_and_wait, path)]
     whole(executor._session)
-    results = executor.map(call, jobs, timeout=1)
+    results = executor.map(errands.call, jobs, timeout=1)
     assert next(results) == 4
     with pytest.raises(FutureTimeout):
         next(results)
@@ -369,16 +370,6 @@ def test_a_map_s_time_is_for_all_of_it(executor: SessionExecutor, tmp_path: Path
         return [row.state for row in executor._session.workers()].count("idle") == 2
 
     until(gone)
-
-
-def functools_partial(*given: Any) -> Any:
-    import functools
-
-    return functools.partial(*given)
-
-
-def call(function: Callable[[], Any]) -> Any:
-    return function()
 
 
 def test_a_map_that_is_left_early_drops_what_has_not_begun(
@@ -491,7 +482,7 @@ def test_what_arrived_in_a_worker_goes_when_its_call_has_ended(
     executor: SessionExecutor, tmp_path: Path
 ) -> None:
     path = tmp_path / "gone"
-    executor.submit(id, deeds.OnDeletion(functools_partial(deeds.note, str(path)))).result(SOON)
+    executor.submit(id, deeds.OnDeletion(functools.partial(deeds.note, str(path)))).result(SOON)
     until(lambda: deeds.noted(path))
 
 
