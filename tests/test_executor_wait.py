@@ -23,7 +23,7 @@ import errands
 import pytest
 from support import until
 
-from whitepool_mp import Executor, Pool, WorkerDied
+from whitepool_mp import Executor, Pool, PoolClosed, WorkerDied
 from whitepool_mp.executor import SessionExecutor
 
 SOON = 20.0
@@ -296,3 +296,12 @@ def test_each_future_has_an_exception_of_its_own(executor: SessionExecutor) -> N
     errors = [future.exception(SOON) for future in futures]
     assert all(isinstance(error, WorkerDied) for error in errors)
     assert len(set(map(id, errors))) == 4
+
+
+def test_each_future_has_one_also_when_the_pool_ends(executor: SessionExecutor) -> None:
+    futures = [executor.submit(deeds.hang) for _ in range(6)]
+    until(lambda: sum(future.running() for future in futures) >= 2)
+    executor._session.terminate()
+    errors = [future.exception(SOON) for future in futures]
+    assert all(isinstance(error, PoolClosed) for error in errors)
+    assert len(set(map(id, errors))) == 6

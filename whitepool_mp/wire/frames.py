@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_FRAME = 4 << 20
 """Longest body accepted, in bytes: a record of each of ten thousand workers is shorter."""
-MOST_KEPT = 500
+_MOST_KEPT = 500
 """How many characters of a client's words (a line of code, a thread's name, a reason) are kept.
 Others are shown them, and no client is to burst what the others may receive."""
 
@@ -203,7 +203,7 @@ def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str) -> by
 def read_auth(body: bytes) -> Auth:
     """Decode AUTH."""
     _, nonce, proof, member, pid = _unpack(_AUTH, body)
-    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size)[:MOST_KEPT])
+    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size)[:_MOST_KEPT])
 
 
 def checkout(
@@ -229,7 +229,7 @@ def read_checkout(body: bytes) -> Checkout:
         request,
         bool(flags & _BLOCK),
         None if deadline == float("inf") else deadline,
-        _text(body, _CHECKOUT.size)[:MOST_KEPT],
+        _text(body, _CHECKOUT.size)[:_MOST_KEPT],
         bool(flags & _KEEP),
         bool(flags & _SPARE_OWN),
     )
@@ -259,7 +259,7 @@ def destroy(lease: int, reason: str) -> bytes:
 def read_lease(body: bytes) -> tuple[int, str]:
     """Decode CHECKIN, DESTROY or RELEASED: the lease, and the reason of a DESTROY."""
     _, lease = _unpack(_LEASE, body)
-    return lease, _text(body, _LEASE.size)[:MOST_KEPT]
+    return lease, _text(body, _LEASE.size)[:_MOST_KEPT]
 
 
 def request_lease(kind: int, number: int, lease: int) -> bytes:
