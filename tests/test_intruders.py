@@ -306,6 +306,7 @@ def garbled(draw: st.DrawFn) -> bytes:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(SAID, max_size=8), (st.binary(max_size=200) | garbled()).filter(is_harmless))
+@example([frames.checkin(n) + frames.destroy(n, "spite") for n in range(1, 6)], b"")
 def say_odd_things(session: Session, said: list[bytes], last: bytes) -> None:
     """A client that has the key, and knows no manners."""
     link = join(session)
