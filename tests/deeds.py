@@ -112,6 +112,10 @@ class OnUnpickling:
     def __reduce__(self):
         return self.deed, self.args
 
+    def __call__(self):
+        """It stands for the function that its deed gives."""
+        raise AssertionError("not unpickled")
+
 
 class OnPickling:
     """Does its deed when it is pickled."""
@@ -402,3 +406,71 @@ def hoard() -> None:
     taken = []
     while True:
         taken.append(os.open("/dev/null", os.O_RDONLY))
+
+
+# --- at the wrong door ------------------------------------------------------------------------
+
+
+def witness(path, value):
+    """`note` where this is unpickled, and give the value."""
+    note(path)
+    return value
+
+
+class Witnessed(Exception):
+    """Notes where it is unpickled."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.path = path
+
+    def __reduce__(self):
+        return witness, (self.path, Plain(self.path))
+
+
+def write_to_manager(data):
+    """Write to every socket of this process, the manager's among them, and wait to be killed."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.write(int(name), data)
+        except OSError:
+            continue
+    hang()
+
+
+def cut_page():
+    """Take the memory away that this process and others share; whether that could be done."""
+    done = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if "whitepool-page" in os.readlink(f"/proc/self/fd/{name}"):
+                os.ftruncate(int(name), 0)
+                done.append(name)
+        except OSError:
+            continue
+    return done
+
+
+class False_(Exception):
+    """An exception that is false."""
+
+    def __bool__(self):
+        return False
+
+
+# --- with something in hand -------------------------------------------------------------------
+
+
+def leave_with(_):
+    os._exit(3)
+
+
+def die_behind(data):
+    """Be killed at about the moment in which the result is sent."""
+    threading.Timer(0.001, kill_self).start()
+    return data
+
+
+def nap():
+    time.sleep(0.02)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as _Base
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from whitepool_mp.errors import PoolClosed
 from whitepool_mp.pool import Pool
+from whitepool_mp.wire import payload
 
 if TYPE_CHECKING:
+    from whitepool_mp.client.future import JobFuture
     from whitepool_mp.session import Session
 
 T = TypeVar("T")
+
+_CLOSED = "cannot schedule new futures after shutdown"
 
 
 class SessionExecutor(_Base):
@@ -26,8 +31,8 @@ class SessionExecutor(_Base):
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._lock = threading.Lock()
-        self._open: set[Future[Any]] = set()
+        self._lock = threading.RLock()  # code that is run at any moment may submit, or end this
+        self._open: set[JobFuture] = set()
         self._closed = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -37,18 +42,41 @@ class SessionExecutor(_Base):
             A future; its `cancel()` also ends a call that is running.
 
         Raises:
-            RuntimeError: after `shutdown`.
+            RuntimeError: after `shutdown`, or the end of the pool.
             SerializationError: the function or an argument cannot be pickled.
         """
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        # Not under the lock, which those need whose calls end: it runs code of the user's.
+        job = payload.dump_job(fn, args, kwargs)
         with self._lock:
             if self._closed:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            # Bound, so that the function's own `timeout` reaches it.
-            call = functools.partial(fn, *args, **kwargs) if kwargs else fn
-            future = self._session.submit(call, *(() if kwargs else args))
+                raise RuntimeError(_CLOSED)
+            try:
+                future = self._session._queue(job)
+            except PoolClosed as error:
+                raise RuntimeError(f"{_CLOSED}: {error}") from error
             self._open.add(future)
         future.add_done_callback(self._ended)
         return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        **more: Any,
+    ) -> Iterator[T]:
+        """As `concurrent.futures.Executor.map`; calls that are short travel together by themselves.
+
+        Raises:
+            RuntimeError, SerializationError: as for `submit`.
+            ValueError: an impossible `chunksize`, which otherwise makes no difference.
+        """
+        if chunksize < 1:
+            raise ValueError(f"chunksize: got {chunksize!r}; allowed: an int >= 1")
+        return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **more)
 
     def _ended(self, future: Future[Any]) -> None:
         with self._lock:
@@ -64,7 +92,8 @@ class SessionExecutor(_Base):
         """Accept nothing more.
 
         Args:
-            wait: whether to return only when everything submitted has ended.
+            wait: whether to return only when everything submitted has ended. (In a future's
+                callback it is not waited for: others end only after it.)
             cancel_futures: whether to cancel what has not begun.
         """
         with self._lock:
@@ -72,11 +101,11 @@ class SessionExecutor(_Base):
             remaining = set(self._open)
         if cancel_futures:
             for future in remaining:
-                if not future.running():
-                    future.cancel()
+                future.cancel(running=False)
         if not remaining and not already:
             self._after_last()
-        if wait:
+        engine = self._session._member.running_engine()
+        if wait and not (engine is not None and engine.inside()):
             self._wait_for(remaining)
 
     def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:

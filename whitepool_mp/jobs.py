@@ -308,9 +308,13 @@ def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> It
                 job.feed()
             returned, values = found
             job.handed += len(values)
+            # The only reference to a value is the taker's, also while this waits.
             if not returned and not return_exceptions:
-                raise values[0]
-            yield from values
+                raise values.pop()
+            if len(values) == 1:
+                yield values.pop()
+            else:
+                yield from values
     finally:
         job.close()
         if bar is not None:

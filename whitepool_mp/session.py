@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from whitepool_mp.aio import AsyncSession
+    from whitepool_mp.client.future import JobFuture
     from whitepool_mp.executor import SessionExecutor
 
 T = TypeVar("T")
@@ -321,7 +322,11 @@ class Session:
         """
         seconds = check_timeout("timeout", timeout)
         flags = self._flags(with_resource) if with_resource else 0
-        data, buffers, name = payload.dump_job(fn, args, kwargs)
+        return self._queue(payload.dump_job(fn, args, kwargs), flags, seconds)
+
+    def _queue(self, job: payload.Job, flags: int = 0, seconds: float | None = None) -> JobFuture:
+        """`submit` what is pickled already."""
+        data, buffers, name = job
         member = self._member
         return member.threaded().call(member, name, flags, seconds, data, buffers, caller_site())
 

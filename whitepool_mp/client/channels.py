@@ -129,16 +129,19 @@ class Channels(Requests):
         If they come again through the channel, their numbers are not expected any more.
         """
         lease = channel.lease
-        if lease is not None and channel.sock.fileno() >= 0:
-            for message in messages.read_all(channel.page.unsent(lease.id)):
-                self.jobs.answered(channel, message)
-        if lease is not None and channel.sock.fileno() >= 0:
-            found = channel.page.results(lease.id)
-            if found is not None:
-                first, count, kind, data = found
-                packed = messages.pack_results(first, 0, count, kind, data)
-                for message in messages.read_all(packed):
+        try:
+            if lease is not None and channel.sock.fileno() >= 0:
+                for message in messages.read_all(channel.page.unsent(lease.id)):
                     self.jobs.answered(channel, message)
+            if lease is not None and channel.sock.fileno() >= 0:
+                found = channel.page.results(lease.id)
+                if found is not None:
+                    first, count, kind, data = found
+                    packed = messages.pack_results(first, 0, count, kind, data)
+                    for message in messages.read_all(packed):
+                        self.jobs.answered(channel, message)
+        except ProtocolError:
+            return  # something in the worker wrote to memory not its own: no answer is there
 
     # --- closing --------------------------------------------------------------------------
 

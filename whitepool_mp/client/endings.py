@@ -16,6 +16,7 @@ lost with it.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 
@@ -129,7 +130,7 @@ class Endings(Flights):
         def told(answer: object) -> None:
             self.running -= 1
             if isinstance(answer, WhitepoolError):
-                task.sink.failed(task, index, answer)
+                task.sink.failed(task, index, copy.copy(answer))
                 return
             member = self._engine.member()
             pool = member.name if member is not None else ""
@@ -219,8 +220,12 @@ class Endings(Flights):
             self.fail_all(self._pending.popleft(), error)
 
     def fail_all(self, task: Task, error: BaseException) -> None:
-        """No call of a task will be answered."""
+        """No call of a task will be answered.
+
+        Each gets an exception of its own: one that is raised in several places collects the
+        tracebacks of all.
+        """
         while task.left:
             index = task.first + task.at
             task.at += 1
-            task.sink.failed(task, index, error)
+            task.sink.failed(task, index, copy.copy(error))

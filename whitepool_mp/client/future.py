@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from concurrent.futures import Future, InvalidStateError
@@ -62,16 +63,25 @@ class JobFuture(Future[Any]):
         """What the call returned, when it has; as `concurrent.futures.Future.result`."""
         if self._state == "FINISHED" and self._exception is None:
             return self._result
-        return super().result(timeout)
+        try:
+            value = super().result(timeout)
+            if self._exception is not None:  # one that is false, which older Pythons overlook
+                raise self._exception
+            return value
+        finally:
+            self = None  # type: ignore[assignment]  # or it and what it raises keep each other
 
-    def cancel(self) -> bool:
+    def cancel(self, running: bool = True) -> bool:
         """Cancel the job, running or not.
+
+        Args:
+            running: whether to do so if it is running.
 
         Returns:
             Whether the future is cancelled now; False if the job has ended.
         """
         with self._condition:
-            if self._state == "FINISHED":
+            if self._state == "FINISHED" or (self._state == "RUNNING" and not running):
                 return False
             if self._state in ("CANCELLED", "CANCELLED_AND_NOTIFIED"):
                 return True
@@ -82,7 +92,7 @@ class JobFuture(Future[Any]):
         task = self._let_go()
         if task is not None:
             self._threaded.cancel(task)
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._invoke_callbacks()
         return True
 
     # Sink
@@ -116,6 +126,19 @@ class JobFuture(Future[Any]):
     def failed(self, task: Task, index: int, error: BaseException) -> None:
         self._task = self._pool_member = None
         self._settle(False, error)
+
+    def _invoke_callbacks(self) -> None:
+        callbacks, self._done_callbacks = self._done_callbacks, []
+        for callback in callbacks:
+            try:
+                callback(self)
+            except BaseException as error:
+                # An exit is not this thread's, on which every other future depends.
+                if not (isinstance(error, Exception) or self._threaded.inside()):
+                    raise
+                logging.getLogger("concurrent.futures").exception(
+                    "exception calling callback for %r", self
+                )
 
     def _let_go(self) -> Task | None:
         """Keep neither the pool nor the arguments alive as long as somebody keeps the future."""

@@ -45,6 +45,7 @@ else:
 
     Protocol = object
 
+_BIRTHS = nurseries.BORN_KIND, nurseries.UNBORN_KIND
 _MARK = boots.MARKER.encode() + b"="
 
 
@@ -83,7 +84,7 @@ class Hand:
         self.worker = worker
         self.slot = slot
         self.control = control
-        self.decoder = frames.FrameDecoder()
+        self.decoder = frames.FrameDecoder(limit=64 * 1024)
         self.born = born
         self.channels = 0  # how many it was given
         self.pid: int | None = None
@@ -457,6 +458,12 @@ class Crew:
             if data[0] == nurseries.BROKEN_KIND:
                 self._nursery_word = data[1:].decode("utf-8", "replace")
                 continue
+            if data[0] not in _BIRTHS or len(data) < nurseries.BORN.size:
+                # Code that it preloaded wrote to a socket not its own.
+                self._nursery_word = "the nursery sent nonsense to the manager"
+                if self._nursery_pid is not None:
+                    os.kill(self._nursery_pid, signal.SIGKILL)
+                continue
             kind, worker, pid = nurseries.BORN.unpack_from(data)
             hand = self._unborn.get(worker)
             if hand is None:
@@ -516,19 +523,24 @@ class Crew:
             if hand.pid is None and (pid := hand.page.words[pages.PID]):
                 self._identify(hand, pid, kin.started(pid) or 0)
             try:
-                bodies = hand.decoder.feed(data)
+                for body in hand.decoder.feed(data):
+                    self._take_in(hand, body)
             except ProtocolError as error:
                 self.kill(hand.worker, f"it sent nonsense to the manager: {error}")
                 return
-            for body in bodies:
-                if body[0] == frames.READY:
-                    self._listener.worker_ready(hand.worker)
-                elif body[0] == frames.FAILED:
-                    self._listener.worker_failed(hand.worker, frames.read_plain(body))
-                elif body[0] == frames.RELEASED:
-                    self._listener.worker_released(hand.worker, frames.read_lease(body)[0])
             if hand.inherited and hand.pid is not None and hand.pidfd < 0:
                 self._bury(hand, None, None)  # it has ended since it said that
+
+    def _take_in(self, hand: Hand, body: bytes) -> None:
+        """One thing that a worker said; or user code there that wrote to a socket not its own."""
+        if body[0] == frames.READY:
+            self._listener.worker_ready(hand.worker)
+        elif body[0] == frames.FAILED:
+            self._listener.worker_failed(hand.worker, frames.read_plain(body))
+        elif body[0] == frames.RELEASED:
+            self._listener.worker_released(hand.worker, frames.read_lease(body)[0])
+        else:
+            raise ProtocolError(f"a frame of kind {body[0]}")
 
     def _tell(self, hand: Hand, data: bytes, passed: Socket | None = None) -> bool:
         """Send a worker a frame. Its socket holds hundreds; a worker that reads none is stuck."""

@@ -24,8 +24,11 @@ TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     from typing import Any
 
-MAX_FRAME = 1 << 20
-"""Longest body accepted, in bytes."""
+MAX_FRAME = 4 << 20
+"""Longest body accepted, in bytes: a record of each of ten thousand workers is shorter."""
+_MOST_KEPT = 500
+"""How many characters of a client's words (a line of code, a thread's name, a reason) are kept.
+Others are shown them, and no client is to burst what the others may receive."""
 
 KEY_BYTES = 32
 NONCE_BYTES = 32
@@ -211,7 +214,7 @@ def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str, link:
 def read_auth(body: bytes) -> Auth:
     """Decode AUTH."""
     _, nonce, proof, member, pid, link = _unpack(_AUTH, body)
-    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size), link)
+    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size)[:_MOST_KEPT], link)
 
 
 def checkout(
@@ -238,7 +241,7 @@ def read_checkout(body: bytes) -> Checkout:
         request,
         bool(flags & _BLOCK),
         None if deadline == float("inf") else deadline,
-        _text(body, _CHECKOUT.size),
+        _text(body, _CHECKOUT.size)[:_MOST_KEPT],
         bool(flags & _KEEP),
         bool(flags & _SPARE_OWN),
         asked,
@@ -270,7 +273,7 @@ def read_lease(body: bytes) -> tuple[int, str]:
     """Decode CHECKIN, DESTROY or RELEASED: the lease, and the reason of a DESTROY. Or ADOPT: the
     place."""
     _, lease = _unpack(_LEASE, body)
-    return lease, _text(body, _LEASE.size)
+    return lease, _text(body, _LEASE.size)[:_MOST_KEPT]
 
 
 def request_lease(kind: int, number: int, lease: int) -> bytes:

@@ -22,6 +22,7 @@ import struct
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.records import Record
+from whitepool_mp.wire.pages import FLOATS, INTEGERS, PICKLES
 from whitepool_mp.wire.rooms import room
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -49,11 +50,6 @@ RESULTS = 8
 NUMBERS = frozenset((type(None), bool, int, float))
 PLAIN = NUMBERS | {str, bytes}
 """Types whose pickles run no code, and mean the same when they are put one behind the other."""
-
-# Kinds of results of a BULK.
-PICKLES = 1
-INTEGERS = 2
-FLOATS = 3
 
 # Flags of a request.
 SPLIT = 1
@@ -194,27 +190,56 @@ def pack_results(first: int, took: int, count: int, kind: int, data: bytes | mem
 
 
 def count_results(payload: memoryview) -> int:
-    """How many results a RESULTS message has."""
-    return _size(payload, 0)
+    """How many results a RESULTS message has.
+
+    Raises:
+        ProtocolError: it is no such payload.
+    """
+    count, kind = _size(payload, 0), _size(payload, 4)
+    room = len(payload) - _RESULTS.size
+    # A pickle has two bytes at least, of which the last one does not travel.
+    fits = count <= room if kind == PICKLES else 8 * count == room
+    if not (count and fits and PICKLES <= kind <= FLOATS):
+        raise ProtocolError(f"{count} results of kind {kind} are not {room} bytes")
+    return count
 
 
 def load_results(payload: bytes | memoryview) -> list[Any]:
-    """The values of a RESULTS message."""
-    _, kind = _RESULTS.unpack_from(payload)
-    data = memoryview(payload)[_RESULTS.size :]
-    if kind == PICKLES:  # together: as the items of one list
-        return list(pickle.loads(b"".join((b"(", data, b"l."))))
-    return data.cast("q" if kind == INTEGERS else "d").tolist()
+    """The values of a RESULTS message.
+
+    Raises:
+        ProtocolError: it is no such payload.
+    """
+    view = memoryview(payload)
+    count, kind = count_results(view), _size(view, 4)
+    data = view[_RESULTS.size :]
+    if kind != PICKLES:
+        return data.cast("q" if kind == INTEGERS else "d").tolist()
+    try:  # together: as the items of one list
+        values = list(pickle.loads(b"".join((b"(", data, b"l."))))
+    except Exception as error:
+        raise ProtocolError(f"results that cannot be unpickled: {error!r}") from error
+    if len(values) != count:
+        raise ProtocolError(f"{len(values)} results where {count} were told")
+    return values
 
 
 def read_all(data: bytes) -> list[Message]:
-    """The messages without buffers that stand one behind the other in some bytes."""
+    """The messages without buffers that stand one behind the other in some bytes.
+
+    Raises:
+        ProtocolError: something else stands there.
+    """
     found = []
     view = memoryview(data)
-    at = 0
-    while at < len(data):
-        kind, flags, _, number, token, length = HEAD.unpack_from(data, at)
-        at += HEAD.size + length
+    at, end = 0, len(data)
+    while at < end:
+        if end - at < _HEAD_SIZE:
+            raise ProtocolError(f"{end - at} bytes are no message")
+        kind, flags, buffers, number, token, length = HEAD.unpack_from(data, at)
+        at += _HEAD_SIZE + length
+        if at > end or buffers or not CALL <= kind <= RESULTS:
+            raise ProtocolError(f"a message of kind {kind} and {length} bytes does not stand here")
         found.append(Message(kind, flags, number, token, view[at - length : at], ()))
     return found
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import mmap
 
 from whitepool_mp.wire import barrier
-from whitepool_mp.wire.messages import PICKLES
 
 NUMBERS = mmap.PAGESIZE
 OUTBOX = 1 << 16
@@ -47,7 +46,10 @@ RESULTS = 8
 OWNER = 9
 """The lease whose calls these are the answers of."""
 KIND = 10
-"""What kind of results of a BULK lie here (see `messages`); 0 if none do."""
+"""What kind of results of a BULK lie here; 0 if none do."""
+PICKLES = 1
+INTEGERS = 2
+FLOATS = 3
 MARK = 11
 """If they are numbers: what lies behind the last of them."""
 PID = 14
@@ -69,6 +71,7 @@ second, were taken back, and the worker refuses them."""
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
+LAST_LEASE = (1 << 64 - NUMBER_BITS) - 1
 _WORD = (1 << 64) - 1
 
 
@@ -193,7 +196,10 @@ class Page:
         if not kind or owner != lease or words[SENDINGS] != sendings:
             return None
         if kind != PICKLES:
-            count = memoryview(data).cast("Q").tolist().index(mark)
+            try:
+                count = memoryview(data).cast("Q").tolist().index(mark)
+            except ValueError:  # something in the worker wrote over it
+                return None
             data = data[: 8 * count]
         return (first, count, kind, data) if count else None
 

@@ -30,6 +30,7 @@ LARGE_BYTES = 256 * 1024
 _FAILURE = struct.Struct("<II")
 
 Dumped = tuple[bytes, list[pickle.PickleBuffer]]
+Job = tuple[bytes, list[pickle.PickleBuffer], str]
 
 
 def dumps(value: Any) -> Dumped:
@@ -159,8 +160,7 @@ _MOST_FUNCTIONS = 4096
 _PROTOCOL = b"\x80\x05"
 _GLOBAL, _STOP = b"c", b"."
 _PAIR = b"\x86" + _STOP
-_UNKNOWN = (b"", "")
-_by_reference: dict[Any, tuple[bytes, str] | None] = {}
+_by_reference: dict[Any, tuple[bytes, str]] = {}
 
 
 def _reference(function: Any) -> tuple[bytes, str] | None:
@@ -173,19 +173,18 @@ def _reference(function: Any) -> tuple[bytes, str] | None:
         name, module = function.__qualname__, function.__module__
         # GLOBAL takes no place in the memo, which is the arguments'.
         begin = b"".join((_PROTOCOL, _GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
-        if module != "__main__" and loads(begin + _STOP) is function:
+        if module != "__main__" and "<" not in name and loads(begin + _STOP) is function:
             found = begin, qualified_name(function)
     except Exception:  # it has to travel by value, or not at all
         pass
-    if len(_by_reference) >= _MOST_FUNCTIONS:
-        _by_reference.clear()
-    _by_reference[function] = found
+    if found is not None:  # others are not kept: what they refer to would be, too
+        if len(_by_reference) >= _MOST_FUNCTIONS:
+            _by_reference.clear()
+        _by_reference[function] = found
     return found
 
 
-def dump_job(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[bytes, list[pickle.PickleBuffer], str]:
+def dump_job(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Job:
     """Pickle a call as one object; a function that a module holds is pickled once for all calls.
 
     Returns:
@@ -195,9 +194,7 @@ def dump_job(
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     if type(function) in _FUNCTIONS:
-        known = _by_reference.get(function, _UNKNOWN)
-        if known is _UNKNOWN:
-            known = _reference(function)
+        known = _by_reference.get(function) or _reference(function)
         if known is not None:
             data, buffers = dump_arguments(function, args, kwargs)
             # The one pickle's end and the other's beginning fall away.
@@ -363,6 +360,7 @@ def failure_traceback(data: bytes | memoryview) -> str:
 
 __all__ = [
     "Dumped",
+    "Job",
     "dump_arguments",
     "dump_call",
     "dump_failure",

@@ -12,8 +12,20 @@ import os
 import time
 
 from whitepool_mp.wire import messages
-from whitepool_mp.wire.messages import FLOATS, INTEGERS, PICKLES, PLAIN
-from whitepool_mp.wire.pages import FIRST, KIND, MARK, OUTBOX, OWNER, RESULTS, SENDINGS, Page
+from whitepool_mp.wire.messages import PLAIN
+from whitepool_mp.wire.pages import (
+    FIRST,
+    FLOATS,
+    INTEGERS,
+    KIND,
+    MARK,
+    OUTBOX,
+    OWNER,
+    PICKLES,
+    RESULTS,
+    SENDINGS,
+    Page,
+)
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:

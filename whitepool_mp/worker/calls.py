@@ -15,6 +15,7 @@ import functools
 import os
 import time
 
+from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
 from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, Page
@@ -23,7 +24,7 @@ from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pickle import dumps, loads
     from types import TracebackType
     from typing import Any
@@ -200,8 +201,11 @@ class Calls(Answers):
         a result lies there says that its call has ended and that the next one runs.
         """
         _, flags, number, lease, data, _ = message
+        if lease < self._fence:  # whoever sent this has no say here any more
+            self._refuse(channel, number, messages.FENCED)
+            return
         function_pickle, rest = messages.read_split(data)
-        values = loads(rest)
+        values = _plain(rest)
         self._send_unsent(channel)
         self._bulk_running = bulk = Bulk(self._page, lease, number)
         function: Callable[..., Any] | None = None
@@ -295,6 +299,21 @@ class Calls(Answers):
         took = _clock() - started
         error.__traceback__ = None
         self._answer_in_pieces(channel, messages.pack(messages.ERROR, step, number, took, data))
+
+
+def _plain(pickled: memoryview) -> Sequence[Any]:
+    """The values of a bulk.
+
+    Raises:
+        ProtocolError: it is no such pickle.
+    """
+    try:
+        values = loads(pickled)
+    except Exception as error:
+        raise ProtocolError(f"values that cannot be unpickled: {error!r}") from error
+    if type(values) not in (list, tuple, range):
+        raise ProtocolError(f"values in a {type(values).__name__}")
+    return values  # type: ignore[no-any-return]
 
 
 def told(error: BaseException, trace: TracebackType | None) -> str:

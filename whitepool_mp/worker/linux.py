@@ -32,6 +32,15 @@ def adopt_orphans() -> None:
         raise OSError(error, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(error)}")
 
 
+def forbid_shrinking(memory: int) -> None:
+    """See that nobody who has a memory file can take pages of it from under those who mapped them,
+    and who would die of it (SIGBUS).
+
+    Source: fcntl(2), F_ADD_SEALS.
+    """
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+
 def die_with(lifeline: int) -> int:
     """Have the kernel kill this process group the moment the last writer of a pipe is gone.
 

@@ -89,9 +89,10 @@ def furnish() -> tuple[int, Socket, Socket]:
     Raises:
         OSError: there are no descriptors left.
     """
-    page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC)
+    page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(page, pages.SIZE)
+        linux.forbid_shrinking(page)
         return page, *descriptors.pair()
     except OSError:
         os.close(page)

@@ -140,6 +140,8 @@ class Server(Calls):
             message = reader.take(count)
             while message is not None:
                 if message.token > self._fence:
+                    if message.token > pages.LAST_LEASE:
+                        raise ProtocolError(f"no lease has the number {message.token}")
                     self._fence = message.token
                     self._kept.clear()
                 if message.kind == CALL:
