@@ -339,7 +339,7 @@ def test_what_is_said_of_another_s_lease_is_nothing(session: Session) -> None:
     with session.checkout(timeout=SOON) as held:
         pid = held.call(os.getpid, timeout=SOON)
         link = join(session)
-        link.send(frames.checkin(held.id) + frames.destroy(held.id, "spite"))
+        link._sock.sendall(frames.checkin(held.id) + frames.destroy(held.id, "spite"))
         assert link.open(held.id, time.monotonic() + SOON) is None
         assert link.why(held.id, time.monotonic() + SOON) is None
         status = session.status()
@@ -367,9 +367,9 @@ def test_a_deadline_that_is_no_number_is_never_in_the_queue(session: Session) ->
             link = join(session)
             odd = frames.checkout(1, True, float("nan"), "x")
             late = frames.checkout(2, True, -1.7e308, "x")
-            link.send(late)
+            link._sock.sendall(late)
             assert frames.read_refused(link.wait(2, None)).why == "timeout"
-            link.send(odd)
+            link._sock.sendall(odd)
             assert shown_out(link._sock) == b""
             link.close()
         leases[0].checkin()
