@@ -55,6 +55,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="print the first N steps, and end")
     parser.add_argument("--peers", action="store_true", help="other pools instead, in a table")
+    parser.add_argument("--kills", type=float, default=4.0, help="with --peers: a second (4)")
     parser.add_argument("--only", help="with --peers: those of these names, with commas")
     parser.add_argument("--write", action="store_true", help="with --peers: docs/reliability.md")
     return parser.parse_args(arguments)
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.peers:
         from walk.table import compare
 
-        return compare(given.seconds, given.seed, given.only, given.write)
+        return compare(given.seconds, given.seed, given.kills, given.only, given.write)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     faulthandler.dump_traceback_later(given.seconds + _GUARD_SECONDS, exit=True)
     with _folder() as folder:
