@@ -58,11 +58,11 @@ class Executioner:
                 os.close(pidfd)
             with contextlib.suppress(ProcessLookupError):
                 if stop:
-                    thaw.stop(chosen, nap)
+                    thaw.stop(os.dup(chosen), nap)
                     self.done["stops"] += 1
-                    continue
-                signal.pidfd_send_signal(chosen, signal.SIGKILL)
-                self.done["kills"] += 1
+                else:
+                    signal.pidfd_send_signal(chosen, signal.SIGKILL)
+                    self.done["kills"] += 1
             os.close(chosen)
         time.sleep(max(0.0, start + seconds - time.monotonic()))
         thaw.end()

@@ -28,8 +28,16 @@ class Thaw:
         self._thread.start()
 
     def stop(self, pidfd: int, seconds: float) -> None:
-        """Stop a process for so long; takes the descriptor over."""
-        signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+        """Stop a process for so long; takes the descriptor over.
+
+        Raises:
+            ProcessLookupError: it is gone.
+        """
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+        except ProcessLookupError:
+            os.close(pidfd)
+            raise
         with self._changed:
             heapq.heappush(self._due, (time.monotonic() + seconds, pidfd))
             self._changed.notify()
@@ -95,7 +103,8 @@ class Hand:
         else:
             members = self._crowd.members
             member = members[int(action.at * len(members))]
-            self._thaw.stop(os.dup(member.pidfd), action.seconds)
+            with contextlib.suppress(ProcessLookupError):
+                self._thaw.stop(os.dup(member.pidfd), action.seconds)
 
     def _targets(self, action: Action) -> list[int]:
         """Descriptors of the processes that are meant."""

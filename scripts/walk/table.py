@@ -151,7 +151,8 @@ def facts(seconds: float, seed: int, kills: float) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     return [
         f"`scripts/chaos --peers --seconds {seconds:g} --seed {seed} --kills {kills:g}`, "
-        f"{told['date']}, {told['subject']}; {told['cpu']}, {told['cpus']} CPUs, {told['memory']} GB; "
+        f"{told['date']}, {told['subject']}; "
+        f"{told['cpu']}, {told['cpus']} CPUs, {told['memory']} GB; "
         f"Linux {told['kernel']}; Python {told['python']}; {versions}."
     ]
 
