@@ -91,7 +91,7 @@ def test_a_job_is_not_lost_when_the_manager_has_no_descriptor_for_a_channel():
     with Pool(pool_size=1) as session:
         testing.wait_until_whole(session)
         session._member.threaded()
-        session.status()
+        until(lambda: session.status().counters["connections"] == 2)  # the engine's is there
         limit_manager(session, 3)
         future = session.submit(abs, -1)
         until(lambda: session.status().counters["killed"])
