@@ -35,6 +35,7 @@ class Member:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                cwd=folder,  # which `-c` imports from
                 start_new_session=True,  # Ctrl-C is for the walker, whose end is theirs
             )
         self.pidfd = os.pidfd_open(self._process.pid)
