@@ -95,8 +95,9 @@ class Account:
         return found
 
     def _end(self, number: int, entry: Entry) -> str:
+        """How it ended; of an error that no walk should see, the type alone."""
         if entry.ends:
-            return entry.ends[0]
+            return entry.ends[0].partition(":")[0]
         return UNTOLD if number // SPAN in self.killed else LOST
 
     def faults(self) -> dict[str, list[int]]:
@@ -143,7 +144,10 @@ class Account:
         lines = []
         for what, numbers in sorted(self.faults().items()):
             shown = ", ".join(map(str, numbers[:_SHOWN]))
-            lines.append(f"{what}: {len(numbers)} ({shown}{', ...'[: 5 * (len(numbers) > 5)]})")
+            more = ", ..." if len(numbers) > _SHOWN else ""
+            lines.append(f"{what}: {len(numbers)} ({shown}{more})")
+            first = self.jobs.get(numbers[0])
+            lines += [f"  the first was told: {end}" for end in (first.ends if first else [])]
         opened = len(self.jobs)
         told = sum(bool(entry.ends) for entry in self.jobs.values())
         untold = sum(self.counts_of(UNTOLD))

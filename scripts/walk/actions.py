@@ -18,7 +18,7 @@ class Action(NamedTuple):
         target: of a kill or stop: "idle", "leased" or "booting" for workers in that state,
             "manager", "nursery" or "client".
         at: which of them, as a share of the list of them.
-        count: how many of them.
+        many: how many of them.
         seconds: how long it is stopped.
         size, overflow: of a resize.
         pause: seconds until the next step.
@@ -27,7 +27,7 @@ class Action(NamedTuple):
     verb: str
     target: str
     at: float
-    count: int
+    many: int
     seconds: float
     size: int
     overflow: int
@@ -68,7 +68,7 @@ def walk(seed: int, managers: bool, rate: float = 25.0) -> Iterator[Action]:
             verb,
             target,
             at=rng.random(),
-            count=rng.choice((1, 1, 1, 1, 2, _ALL)),
+            many=rng.choice((1, 1, 1, 1, 2, _ALL)),
             seconds=rng.choice((0.005, 0.05, 0.2, 1.0)) * rng.uniform(0.5, 1.0),
             size=rng.randrange(1, SIZE + 3),
             overflow=rng.randrange(OVERFLOW + 2),

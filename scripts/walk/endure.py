@@ -119,7 +119,7 @@ class Field:
             mapping = threading.Thread(target=_map, args=(pool, numbers, got), daemon=True)
             mapping.start()
             mapping.join(DEADLINE)
-            result = got[0] if got else None
+            result: Any = got[0] if got else None
             for index, number in enumerate(numbers):
                 if not got:
                     end = LOST

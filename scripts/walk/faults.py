@@ -119,7 +119,7 @@ class Hand:
                 if row.state == action.target and row.pid is not None
             ]
             first = int(action.at * len(rows))
-            found = (rows[first:] + rows[:first])[: action.count]
+            found = (rows[first:] + rows[:first])[: action.many]
         return [pidfd for pid, created in found if (pidfd := opened(pid, created)) is not None]
 
     def end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -56,7 +57,7 @@ def by_submit(client: Client) -> None:
             room.release()
             continue
         under_way[job.number] = future
-        future.add_done_callback(lambda done, job=job: ended(job, done))
+        future.add_done_callback(functools.partial(ended, job))
         if to_cancel:
             if client.luck(0.5):  # until a worker has probably begun it
                 time.sleep(0.02)
