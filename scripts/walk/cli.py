@@ -54,6 +54,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         help="kill and stop the manager as well",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="print the first N steps, and end")
+    parser.add_argument("--keep", action="store_true", help="leave the books of all jobs there")
     parser.add_argument("--peers", action="store_true", help="other pools instead, in a table")
     parser.add_argument("--kills", type=float, default=4.0, help="with --peers: a second (4)")
     parser.add_argument("--only", help="with --peers: those of these names, with commas")
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         return compare(given.seconds, given.seed, given.kills, given.only, given.write)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     faulthandler.dump_traceback_later(given.seconds + _GUARD_SECONDS, exit=True)
-    with _folder() as folder:
+    with _folder(given.keep) as folder:
         wrong = Walk(given, folder).run()
     faulthandler.cancel_dump_traceback_later()
     print("the account balances" if not wrong else "THE ACCOUNT DOES NOT BALANCE:")
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def _folder(keep: bool) -> Iterator[Path]:
     """A folder of this walk's own for temporary files, which processes that it starts inherit."""
     base = tempfile.mkdtemp(prefix="chaos-")
     folder = Path(base)
@@ -93,7 +94,10 @@ def _folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if keep:
+            print(f"the books are in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ def job(
         _end()
 
 
+def spread(arguments: tuple[Any, ...]) -> tuple[int, Any]:
+    """A job of a map."""
+    return job(*arguments)
+
+
 def held(resource: Resource, *args: Any) -> tuple[int, Any]:
     """A job of somebody who has checked the worker out."""
     return job(*args)

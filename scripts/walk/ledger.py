@@ -16,8 +16,9 @@ from pathlib import Path
 
 SPAN = 10**8
 """How many numbers each process has: its first is its index times this."""
-PATIENCE = 25.0
-"""Seconds after which a job that has no deadline, or is past it, hangs."""
+PATIENCE = 40.0
+"""Seconds after which a job that has no deadline, or is past it, hangs. On a machine that has other
+things to do some take ten: dozens queue up for workers of which several are killed a second."""
 
 
 class Ledger:

@@ -112,7 +112,7 @@ def _map_jobs(client: Client, count: int) -> None:
             yield job.arguments
 
     results = client.session.map(
-        _spread,
+        jobs.spread,
         read(),
         timeout=timeout,
         chunksize=client.rng.choice((None, None, 1, 7)),
@@ -124,10 +124,6 @@ def _map_jobs(client: Client, count: int) -> None:
         opened,
         lambda job, result: (job.number, ends.of_result(result, job.number, job.wanted)),
     )
-
-
-def _spread(arguments: tuple[Any, ...]) -> tuple[int, Any]:
-    return jobs.job(*arguments)
 
 
 def _plain_end(number: Any, result: Any) -> tuple[int, str]:
