@@ -147,7 +147,8 @@ class Account:
             more = ", ..." if len(numbers) > _SHOWN else ""
             lines.append(f"{what}: {len(numbers)} ({shown}{more})")
             first = self.jobs.get(numbers[0])
-            lines += [f"  the first was told: {end}" for end in (first.ends if first else [])]
+            told = first.ends if first is not None and what.startswith("unfair") else []
+            lines += [f"  the first was told: {end}" for end in told]
         opened = len(self.jobs)
         told = sum(bool(entry.ends) for entry in self.jobs.values())
         untold = sum(self.counts_of(UNTOLD))
