@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import errands
 import numpy as np
 import pytest
 from anatomy import no_successor
-from support import processes, until
+from support import descriptors, processes, until
 
 from whitepool_mp import (
     AsyncLease,
@@ -33,10 +34,12 @@ from whitepool_mp import (
     PoolClosed,
     PoolFull,
     SerializationError,
+    Session,
     ShutdownTimeout,
     WhitepoolError,
     WorkerDied,
     jobs,
+    testing,
 )
 
 SOON = 20.0
@@ -818,6 +821,44 @@ def test_a_form_whose_loop_is_gone_leaves_nothing_behind() -> None:
         gc.collect()
         until(lambda: session.status().counters["connections"] == 6)
         assert session.run(errands.square, 6) == 36
+
+
+def test_a_loop_that_ends_with_a_map_under_way_gives_its_workers_back() -> None:
+    """Whoever ends the loop early neither keeps workers nor leaves descriptors behind."""
+
+    async def first(session: Session) -> object:
+        async for value in session.aio().map(time.sleep, [0, *[30] * 7]):
+            return value
+        raise AssertionError
+
+    with Pool(2) as session:
+        assert session.run(errands.square, 2) == 4
+        gc.disable()  # not when it happens to be collected, but at the end of the loop
+        try:
+            for _ in range(5):
+                assert asyncio.run(first(session)) is None
+                assert session.run(errands.square, 3, timeout=10) == 9
+        finally:
+            gc.enable()
+        testing.wait_until_whole(session)
+
+
+def test_a_loop_that_is_dropped_with_a_call_under_way_is_collected_with_it() -> None:
+    def drop_one(session: Session) -> None:
+        loop = asyncio.new_event_loop()
+        form = session.aio()
+        running = loop.create_task(form.run(time.sleep, 30))
+        until(lambda: loop.run_until_complete(form.status()).leased)
+        loop.close()
+        running._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    with Pool(1) as session:
+        assert session.run(errands.square, 2) == 4
+        before = len(descriptors())
+        drop_one(session)
+        gc.collect()
+        assert session.run(errands.square, 3, timeout=10) == 9
+        assert len(descriptors()) <= before
 
 
 def test_a_form_belongs_to_the_loop_it_was_first_used_in() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
@@ -90,7 +91,7 @@ def test_a_job_is_not_lost_when_the_manager_has_no_descriptor_for_a_channel():
     with Pool(pool_size=1) as session:
         testing.wait_until_whole(session)
         session._member.threaded()
-        session.status()
+        until(lambda: session.status().counters["connections"] == 2)  # the engine's is there
         limit_manager(session, 3)
         future = session.submit(abs, -1)
         until(lambda: session.status().counters["killed"])
@@ -168,3 +169,51 @@ def test_a_call_that_used_up_all_descriptors_says_so(start_method):
 def test_an_exception_is_told_without_the_module_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "traceback", None)
     assert calls.told(OSError(24, "Too many"), None) == "OSError(24, 'Too many')\n"
+
+
+KILLS_ITS_FIRST_MIDDLEMAN = """
+import os
+from whitepool_mp.worker import nursery
+
+class Cut:
+    def __init__(self, sock):
+        self.close = sock.close
+
+    def send(self, data):
+        os.kill(os.getpid(), 9)
+
+def middleman(self, worker, slot, *fds):
+    if worker == 1:
+        self._sock = Cut(self._sock)
+    real(self, worker, slot, *fds)
+
+real = nursery._Nursery._middleman
+nursery._Nursery._middleman = middleman
+"""
+
+
+def meeting_factory(pipe):
+    """The first worker is ready when there is a second, that is, when it has been given up."""
+    from whitepool_mp import current_worker
+
+    mode = os.O_WRONLY if os.path.exists(f"{pipe}.second") else os.O_RDONLY
+    with open(f"{pipe}.second", "w"):
+        pass
+    os.close(os.open(pipe, mode))
+    return current_worker().slot
+
+
+def test_a_worker_whose_birth_nobody_could_tell_of_is_replaced_at_once(
+    tmp_path, monkeypatch, capfd
+):
+    """The process between it and the nursery is killed: nobody waits for it, and it is quiet."""
+    (tmp_path / "killing_preload.py").write_text(KILLS_ITS_FIRST_MIDDLEMAN)
+    monkeypatch.syspath_prepend(tmp_path)
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    factory = functools.partial(meeting_factory, pipe)
+    with Pool(1, factory=factory, preload=["killing_preload"]) as session:
+        testing.wait_until_whole(session, SOON)
+        assert session.run(abs, -1, timeout=SOON) == 1
+        assert session.status().counters["spawned"] == 2
+    assert capfd.readouterr().err == ""

@@ -80,8 +80,9 @@ class AsyncSession:
     def _any_driver(self) -> Looped:
         loop = asyncio.get_running_loop()
         driver = self._running
-        if driver is None or self._process != os.getpid() or driver.engine.broken is not None:
-            if driver is not None and self._process == os.getpid():
+        ours = driver is not None and self._process == os.getpid()
+        if driver is None or not ours or driver.closed or driver.engine.broken is not None:
+            if driver is not None and ours:
                 driver.close()
             self._running = driver = Looped(self._member, loop)
             self._process = os.getpid()

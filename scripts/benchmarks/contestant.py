@@ -58,9 +58,10 @@ def warm(pool: Adapter, name: str) -> None:
 
 
 def measurement(name: str) -> Callable[..., float]:
-    """The function "module.function"."""
-    module, _, function = name.partition(".")
-    found: Callable[..., float] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    """The function "module.function" of this package, or "package.module.function"."""
+    module, _, function = name.rpartition(".")
+    where = module if "." in module else f"benchmarks.{module}"
+    found: Callable[..., float] = getattr(importlib.import_module(where), function)
     return found
 
 

@@ -44,15 +44,15 @@ class Seat:
     def __init__(self, contestant: str, options: dict[str, Any], folder: Path, parks: bool) -> None:
         self.contestant = contestant
         self.parks = parks
-        self._mark = f"{os.getpid()}-{next(_numbers)}"
-        self.log = folder / f"{self._mark}-{contestant}.log"
+        self.mark = f"{os.getpid()}-{next(_numbers)}"
+        self.log = folder / f"{self.mark}-{contestant}.log"
         here, there = socket.socketpair()
         self._socket = here
         self._unread = b""
         self._parked: list[int] = []
         environment = {
             **os.environ,
-            MARK: self._mark,
+            MARK: self.mark,
             "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
             "TMPDIR": str(folder),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -114,7 +114,7 @@ class Seat:
 
     def processes(self) -> list[int]:
         """The pids of everything that it is and has started, found by its mark."""
-        needle = f"{MARK}={self._mark}".encode()
+        needle = f"{MARK}={self.mark}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:

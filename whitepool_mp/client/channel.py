@@ -105,6 +105,12 @@ class Channel:
         """Whether the worker had begun this call, also after its death."""
         return self.page.began(lease, number)
 
+    def note(self, word: int, lease: int) -> None:
+        """Write on the page how a lease is about to end: `RETURNED` or `DESTROYED`. Should the
+        manager be killed before it is told, the next one reads it there."""
+        if self.sock.fileno() >= 0:  # the two may be collected in either order
+            self.page.words[word] = lease
+
     def dead(self) -> bool:
         """Whether the worker's end is closed."""
         return any(events & (select.POLLHUP | select.POLLERR) for _, events in self._poll.poll(0))

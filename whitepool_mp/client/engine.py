@@ -33,7 +33,7 @@ from typing import Any
 
 from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
-from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
+from whitepool_mp.client.engine_lease import EngineLease
 from whitepool_mp.client.link import JOINS, Handshake, LinkBroken, dial, new_link
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
@@ -77,14 +77,14 @@ class Engine(Channels):
         self._closed = False
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
         self._order = itertools.count()
-        # An event loop may end and leave its engine behind.
+        # An event loop may end and leave its engine behind. (Channels close themselves; here they
+        # must not be held: what is in flight on them leads back to the engine.)
         self._collected = weakref.finalize(
             self,
             _leave,
             self._outbox,
             self.jobs.free,
             self._sock,
-            self._channels,
             self._epoll,
             self._wake,
         )
@@ -216,7 +216,10 @@ class Engine(Channels):
         self._closed = True
         with self._wake_lock:
             if self._collected.detach() is not None:
-                _close(self._sock, self._channels, self._epoll, self._wake)
+                for channel in self._channels.values():
+                    channel.close()
+                self._channels.clear()
+                _close(self._sock, self._epoll, self._wake)
             self._wake = -1
         self._by_fd.clear()
 
@@ -367,23 +370,17 @@ def _leave(
     outbox: bytearray,
     free: dict[EngineLease, None],
     sock: socket.socket,
-    channels: dict[int, EngineChannel],
     epoll: select.epoll,
     wake: int,
 ) -> None:
     """An engine was left behind."""
     _give_back(outbox, free, sock)
-    _close(sock, channels, epoll, wake)
+    _close(sock, epoll, wake)
 
 
-def _close(
-    sock: socket.socket, channels: dict[int, EngineChannel], epoll: select.epoll, wake: int
-) -> None:
-    """Close what an engine has open."""
+def _close(sock: socket.socket, epoll: select.epoll, wake: int) -> None:
+    """Close what an engine has open, but for its channels."""
     sock.close()
-    for channel in channels.values():
-        channel.close()
-    channels.clear()
     epoll.close()
     os.close(wake)
 

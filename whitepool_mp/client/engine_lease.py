@@ -57,7 +57,7 @@ class EngineLease:
     def note_returned(self) -> None:
         """It is about to be given back: write it where a manager after this one reads it."""
         if self.channel is not None:
-            self.channel.page.words[pages.RETURNED] = self.id
+            self.channel.note(pages.RETURNED, self.id)
 
     @property
     def task(self) -> Task | None:

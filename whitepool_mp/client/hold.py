@@ -94,7 +94,7 @@ class Hold:
         self.ended = how
         channel, self.channel = self.channel, None
         if channel is not None:
-            channel.page.words[pages.RETURNED] = self.id
+            channel.note(pages.RETURNED, self.id)
         if member is not None:
             member.return_channel(self.worker, channel)
         self._tell_manager(frames.checkin(self.id))
@@ -114,7 +114,7 @@ class Hold:
         """Close the channel to a worker that is dead or was given up."""
         channel, self.channel = self.channel, None
         if channel is not None:
-            channel.page.words[pages.DESTROYED] = self.id
+            channel.note(pages.DESTROYED, self.id)
             channel.close()
 
     def interrupt(self, reason: str) -> None:
@@ -122,7 +122,7 @@ class Hold:
         self.ended = f"ended ({reason})"
         channel = self.channel
         if channel is not None:
-            channel.page.words[pages.DESTROYED] = self.id
+            channel.note(pages.DESTROYED, self.id)
         self._tell_manager(frames.destroy(self.id, reason))
         self.told = True
         if channel is not None:

@@ -6,8 +6,10 @@ event loop --add_reader(epoll), call_later(next deadline)--> Looped --pump--> En
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from whitepool_mp.client.answers import open_answer
@@ -32,6 +34,19 @@ class Looped:
         self._idle: list[asyncio.Future[None]] = []
         self.closed = False
         loop.add_reader(self.engine.fileno(), self.pump)
+        # Begun, so that the loop knows of it, and ends it when it ends itself.
+        self._end = self._until_the_end()
+        with contextlib.suppress(StopIteration):
+            self._end.asend(None).send(None)
+
+    async def _until_the_end(self) -> AsyncGenerator[None, None]:
+        """What the event loop closes when it ends (`loop.shutdown_asyncgens`, which `asyncio.run`
+        calls): nobody would drive the engine any more, and workers that it holds would wait for it.
+        """
+        try:
+            yield
+        finally:
+            self._leave()
 
     def pump(self) -> None:
         """Something is ready or due."""
@@ -66,16 +81,29 @@ class Looped:
             await future
 
     def close(self) -> None:
-        """Leave the event loop."""
-        if self.closed:
+        """Leave the event loop; what has not ended fails."""
+        if not self._detach():
             return
-        self.closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self.loop.remove_reader(self.engine.fileno())
         self.engine.close()
         for future in self._idle:
             resolve(future, None)
+
+    def _leave(self) -> None:
+        """The event loop ends, and nobody waits for anything any more: let go of all workers."""
+        if self._detach():
+            self.engine.give_back()
+            self.engine.discard()
+
+    def _detach(self) -> bool:
+        """Have the loop call no more; whether it still did."""
+        if self.closed:
+            return False
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self.engine.fileno())
+        return True
 
 
 def resolve(future: asyncio.Future[Any], value: Any) -> None:

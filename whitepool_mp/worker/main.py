@@ -102,12 +102,13 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
             if os.getpid() != own:
                 raise
             text = told(error, _beyond(error))
-            control.sendall(frames.plain(frames.FAILED, text))
+            _say(control, frames.plain(frames.FAILED, text))
             return 1
     if os.getpid() != own:  # the factory forked, and its child came back as well
         return 0
     teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
-    control.sendall(frames.plain(frames.READY))
+    if not _say(control, frames.plain(frames.READY)):
+        return 0
     page.words[pages.READY] = 1  # after it was said: a manager that lost the message knows it now
     server = Server(control, page, resource)
     os.register_at_fork(after_in_child=server.close_inherited)
@@ -117,6 +118,19 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
         teardown(resource)
     atexit._run_exitfuncs()
     return 0
+
+
+def _say(control: Socket, frame: bytes) -> bool:
+    """Tell the manager how the start went; whether it listens.
+
+    It does not if it was never told of this worker's birth (the nursery or the middleman was killed
+    just then): it has ordered another, and is about to kill this one.
+    """
+    try:
+        control.sendall(frame)
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
 
 
 def _beyond(error: BaseException) -> TracebackType | None:

@@ -284,7 +284,8 @@ class _Nursery:
         else:
             if middleman == 0:
                 self._middleman(worker, slot, *fds)
-            os.waitpid(middleman, 0)
+            if os.waitpid(middleman, 0)[1]:  # killed: if it said BORN before, this is ignored
+                self._unborn(worker, OSError("the process between the nursery and it was killed"))
         finally:
             for fd in fds:
                 os.close(fd)

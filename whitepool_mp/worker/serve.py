@@ -80,7 +80,10 @@ class Server(Calls):
         self._poll.close()
 
     def _hear_manager(self) -> bool:
-        data, fds = descriptors.receive(self._control, 4096, 64)
+        try:
+            data, fds = descriptors.receive(self._control, 4096, 64)
+        except ConnectionResetError:  # closed, with what this worker had said unread
+            return False
         if not data:
             return False
         for body in self._decoder.feed(data):
