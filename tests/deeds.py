@@ -370,6 +370,20 @@ class HangsLater:
         return number
 
 
+class AsTold:
+    """A factory that does what a file names: a deed of this module, or nothing."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self):
+        with open(self.path) as file:
+            deed = file.read()
+        if deed:
+            globals()[deed]()
+        return os.getpid()
+
+
 def hoard() -> None:
     """Open files until there are no descriptors left."""
     taken = []

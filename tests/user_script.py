@@ -54,6 +54,33 @@ def cast(session):
 """
 
 
+CLIENTS = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import deeds
+session = given()
+
+def client(work, *args):
+    # Run work(*args) in a process of its own, a client like others; its pid.
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work(*args)
+        os._exit(70)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(71)
+
+def ended(pid):
+    # Wait for its end: the exit code, or the signal.
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+"""What a script begins with that is given a session, and has many clients that come to grief."""
+
+
 class Script:
     """A running script.
 
