@@ -371,7 +371,10 @@ class HangsLater:
 
 
 class AsTold:
-    """A factory that does what a file names: a deed of this module, or nothing."""
+    """A factory that does what a file names: a deed of this module, or nothing.
+
+    It notes in a second file that it is about to.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -379,6 +382,7 @@ class AsTold:
     def __call__(self):
         with open(self.path) as file:
             deed = file.read()
+        note(f"{self.path}.pids")
         if deed:
             globals()[deed]()
         return os.getpid()
