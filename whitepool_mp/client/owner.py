@@ -74,7 +74,13 @@ class Owner:
             interpreter=_interpreter(),
         )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(self.path)
+            try:
+                listener.bind(self.path)
+            except OSError as error:  # its folder's disk is full
+                raise WhitepoolError(
+                    f"the socket of pool {config.name!r} could not be made in {self.folder}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             listener.listen(4096)
             fd = boots.write(boot)
             try:
