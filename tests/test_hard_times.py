@@ -59,8 +59,8 @@ def test_a_manager_out_of_descriptors_survives_the_death_of_a_worker(start_metho
         assert session.run(abs, -1, timeout=SOON) == 1
 
 
-def test_a_manager_out_of_descriptors_takes_connections_again_later():
-    with Pool(pool_size=1) as session:
+def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method):
+    with Pool(pool_size=1, start_method=start_method) as session:
         testing.wait_until_whole(session)
         session.status()
         used = max(int(name) for name in os.listdir(f"/proc/{manager_of(session)}/fd"))

@@ -415,8 +415,8 @@ PROVEN = {
 
 
 @pytest.mark.parametrize("what", PROVEN)
-def test_nonsense_from_a_client_closes_its_connection_alone(what: str) -> None:
-    with Pool(1) as session:
+def test_nonsense_from_a_client_closes_its_connection_alone(start_method: str, what: str) -> None:
+    with Pool(1, start_method=start_method) as session:
         member = session._member
         link = Link(*member.joining()[:2], os.urandom(frames.MEMBER_BYTES))
         link._sock.settimeout(SOON)
