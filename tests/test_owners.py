@@ -448,15 +448,6 @@ def test_a_client_that_reads_no_answers_holds_nobody_up() -> None:
         serves_on(session)
 
 
-def test_300_connections_that_say_nothing_hold_nobody_up(session: Session) -> None:
-    with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(visit(session)) for _ in range(300)]
-        serves_on(session)
-        until(lambda: session.status().counters["connections_without_proof"] >= 300 - 256)
-        assert closed_on(silent[0])
-    serves_on(session)
-
-
 # --- out of descriptors -----------------------------------------------------------------------
 
 
