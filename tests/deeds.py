@@ -401,6 +401,24 @@ class HangsLater:
         return number
 
 
+class AsTold:
+    """A factory that does what a file names: a deed of this module, or nothing.
+
+    It notes in a second file that it is about to.
+    """
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self):
+        with open(self.path) as file:
+            deed = file.read()
+        note(f"{self.path}.pids")
+        if deed:
+            globals()[deed]()
+        return os.getpid()
+
+
 def hoard() -> None:
     """Open files until there are no descriptors left."""
     taken = []

@@ -246,8 +246,6 @@ def test_all_workers_killed_at_once_cost_no_waiter_its_turn(start_method: str) -
 
 @pytest.mark.parametrize("size", [1, 2, 5, 13])
 def test_workers_that_kill_each_other_are_all_replaced(start_method: str, size: int) -> None:
-    if start_method == "loky" and size == 13:
-        pytest.skip("13 interpreters to start, and nothing else than with 5")
     with Pool(pool_size=size, start_method=start_method) as session:
         leases = [session.checkout(T) for _ in range(size)]
         ended: list[Future[Any]] = [Future() for _ in leases]
@@ -311,8 +309,8 @@ def test_a_stopped_worker_is_killed_at_the_deadline(
         gone(lease.pid)
 
 
-def test_a_deadline_holds_while_arguments_are_sent(tmp_path: Any) -> None:
-    with Pool(pool_size=2) as session, sibling(session, tmp_path):
+def test_a_deadline_holds_while_arguments_are_sent(start_method: str, tmp_path: Any) -> None:
+    with Pool(pool_size=2, start_method=start_method) as session, sibling(session, tmp_path):
         with session.checkout(T) as lease:
             os.kill(lease.pid, signal.SIGSTOP)
             with pytest.raises(CallTimeout):
@@ -540,13 +538,15 @@ def test_a_factory_may_return_what_cannot_be_pickled(start_method: str) -> None:
             assert lease.call(lambda lock: lock.locked(), timeout=T) is True
 
 
-def test_a_factory_that_cannot_be_pickled_is_refused_before_anything_starts() -> None:
+def test_a_factory_that_cannot_be_pickled_is_refused_before_anything_starts(
+    start_method: str,
+) -> None:
     lock = threading.Lock()
     before = processes()
-    pool = Pool(pool_size=1, factory=lambda: lock)
+    pool = Pool(pool_size=1, factory=lambda: lock, start_method=start_method)
     with pytest.raises(SerializationError, match=r"the factory .*<lambda> cannot be pickled.*lock"):
         pool.run_service()
-    pool = Pool(1, factory=deeds.Counter, teardown=lambda _: lock)
+    pool = Pool(1, 0, deeds.Counter, teardown=lambda _: lock, start_method=start_method)
     with pytest.raises(SerializationError, match=r"the teardown .*<lambda> cannot be pickled"):
         pool.run_service()
     assert processes() == before

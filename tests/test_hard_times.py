@@ -1,17 +1,19 @@
-"""Bad surroundings: no descriptors, blocked signals, no memory for a message, a forking factory."""
+"""Bad surroundings: no descriptors, no processes, no disk, no memory, blocked signals, ..."""
 
 from __future__ import annotations
 
 import functools
 import os
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 
 import deeds
 import pytest
-from support import until
+from support import pipe_writer, until
 from user_script import script
 
 from whitepool_mp import FactoryFailed, Pool, WorkerDied, testing
@@ -58,8 +60,8 @@ def test_a_manager_out_of_descriptors_survives_the_death_of_a_worker(start_metho
         assert session.run(abs, -1, timeout=SOON) == 1
 
 
-def test_a_manager_out_of_descriptors_takes_connections_again_later():
-    with Pool(pool_size=1) as session:
+def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method):
+    with Pool(pool_size=1, start_method=start_method) as session:
         testing.wait_until_whole(session)
         session.status()
         used = max(int(name) for name in os.listdir(f"/proc/{manager_of(session)}/fd"))
@@ -217,3 +219,259 @@ def test_a_worker_whose_birth_nobody_could_tell_of_is_replaced_at_once(
         assert session.run(abs, -1, timeout=SOON) == 1
         assert session.status().counters["spawned"] == 2
     assert capfd.readouterr().err == ""
+
+
+# --- no processes -----------------------------------------------------------------------------
+
+LIMITED = """
+    import resource
+    os.environ["TMPDIR"] = sys.stdin.readline().strip()
+
+    def tasks():
+        # What the kernel counts: every thread of every process of this user.
+        count = 0
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{pid}").st_uid == os.getuid():
+                    count += len(os.listdir(f"/proc/{pid}/task"))
+        return count
+
+    _, HARD = resource.getrlimit(resource.RLIMIT_NPROC)
+
+    def limit(most, *pids):
+        for pid in pids or (0,):
+            resource.prlimit(pid, resource.RLIMIT_NPROC, (most, HARD))
+
+    def said(attempt):
+        try:
+            return attempt()
+        except (WhitepoolError, OSError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture
+def other_user():
+    """A command that runs one as a user without other processes, and a folder of that user's."""
+    if os.getuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("takes root and setpriv, to become a user who has no other processes")
+    uid = 54_321
+    folder = tempfile.mkdtemp()
+    os.chown(folder, uid, uid)
+    capabilities = "+dac_override,+dac_read_search"  # the interpreter may lie in a folder of root's
+    user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    yield [*user, f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"], folder
+    os.rmdir(folder)  # the pool's own folder in it is gone
+
+
+def test_no_process_for_a_replacement_is_named_and_made_up_for_later(
+    start_method, other_user, tmp_path
+):
+    code = """
+        session = pool(2).run_service()
+        told = cast(session)
+        def read(path):
+            with open(path) as pipe:
+                return pipe.read()
+        def sibling():
+            tell(session.run(read, sys.stdin.readline().strip()))
+        thread = threading.Thread(target=sibling)
+        thread.start()
+        while session.status().leased != 1:
+            pass
+        for free in range(3):  # a start takes two for a moment
+            idle = [row.pid for row in session.workers() if row.state == "idle"][0]
+            limit(tasks() - 1 + free, *told["pids"])
+            os.kill(idle, signal.SIGKILL)
+            if free < 2:
+                while not session.status().failing:
+                    pass
+                failed = session.status().last_failure
+                refused = said(lambda: session.checkout(0.05))
+                tell([failed, refused])
+            limit(HARD, *[pid for pid in told["pids"] if os.path.exists(f"/proc/{pid}")])
+            assert session.run(pow, 2, 3, timeout=20) == 8
+            while session.status().available != 1:
+                pass
+            told = cast_again()
+        tell("over")
+        thread.join()
+        session.safe_shutdown(timeout=10)
+    """
+    again = """
+    def cast_again():
+        import psutil
+        manager = psutil.Process(session._member.owner.manager)
+        return {"pids": [manager.pid] + [child.pid for child in manager.children()]}
+    """
+    through, folder = other_user
+    path = str(tmp_path / "pipe")
+    with (
+        script(code, start_method, LIMITED + again, through) as owner,
+        pipe_writer(path) as connect,
+    ):
+        owner.say(folder.encode())
+        owner.say(path.encode())
+        fd = connect()
+        for _ in range(2):
+            failed, refused = owner.hear()
+            assert "Resource temporarily unavailable" in failed
+            assert refused.startswith(("CheckoutTimeout", "FactoryFailed")), refused
+        assert owner.hear() == "over"
+        os.write(fd, b"unharmed")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, fd)
+        os.close(null)
+        assert owner.hear() == "unharmed"
+        _, err = owner.finish()
+        assert err == ""
+
+
+def test_a_pool_for_which_there_are_too_few_processes_says_so_and_leaves_nothing(
+    start_method, other_user
+):
+    code = """
+        def attempt():
+            session = pool(1).run_service()
+            try:
+                return session.run(pow, 2, 3, timeout=20)
+            finally:
+                session.terminate()
+        before = tasks(), len(os.listdir("/proc/self/fd"))
+        for free in range(6):
+            limit(tasks() + free)
+            tell(said(attempt))
+            while tasks() != before[0]:
+                pass
+            assert len(os.listdir("/proc/self/fd")) == before[1]
+        limit(HARD)
+        session = pool(1).run_service()
+        assert session.run(pow, 2, 3) == 8
+        limit(tasks())
+        tell(said(lambda: session.submit(pow, 2, 3)))  # that takes a thread
+        limit(HARD)
+        tell(session.submit(pow, 2, 3).result(10))
+        session.safe_shutdown(timeout=10)
+        tell("over")
+    """
+    through, folder = other_user
+    with script(code, start_method, LIMITED, through) as owner:
+        owner.say(folder.encode())
+        told = []
+        while not told or told[-1] != "over":
+            told.append(owner.hear())
+        owner.finish()
+    assert told[5:] == [8, "RuntimeError: can't start new thread", 8, "over"]
+    assert "Resource temporarily unavailable" in told[0]
+    for said in told[:5]:
+        assert said == 8 or said.startswith(("WhitepoolError", "ManagerDied", "FactoryFailed")), (
+            told
+        )
+
+
+# --- no disk ----------------------------------------------------------------------------------
+
+FULL = """
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder = sys.stdin.readline().strip().encode()
+
+    def full(path, most):
+        # A disk of our own at a path, with room for so many files.
+        PRIVATE, RECURSIVE, NEW_MOUNTS = 1 << 18, 1 << 14, 0x20000
+        return (
+            libc.unshare(NEW_MOUNTS) == 0
+            and libc.mount(b"none", b"/", None, PRIVATE | RECURSIVE, None) == 0
+            and libc.mount(b"full", path, b"tmpfs", 0, b"size=64k,nr_inodes=%d" % (most + 1)) == 0
+        )
+
+    def fill(path):
+        with contextlib.suppress(OSError), open(path + b"/data", "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    def files(path):
+        count = 0
+        with contextlib.suppress(OSError):
+            while True:
+                open(path + b"/%d" % count, "wb").close()
+                count += 1
+
+    def work(session):
+        try:
+            session.run(os.kill, 0, 9)
+        except WorkerDied:
+            pass
+        return len(session.run(bytes, 1 << 20, timeout=20))
+"""
+
+
+@pytest.fixture
+def disk():
+    """A folder to mount a small disk at."""
+    folder = tempfile.mkdtemp()
+    yield folder
+    os.rmdir(folder)
+
+
+def test_a_full_disk_is_nothing_to_a_pool_that_runs(start_method, disk):
+    code = """
+        if not full(folder, 3):
+            tell("no mounts")
+            sys.exit()
+        os.environ["TMPDIR"] = folder.decode()
+        fill(folder)
+        session = pool(2).run_service()
+        files(folder)
+        tell([session._member.owner.folder, work(session)])
+        session.safe_shutdown(timeout=10)
+        tell(os.path.exists(session._member.owner.folder))
+    """
+    with script(code, start_method, FULL) as owner:
+        owner.say(disk.encode())
+        told = owner.hear()
+        if told == "no mounts":
+            pytest.skip("takes the right to mount")
+        assert told[0].startswith(disk)
+        assert told[1] == 1 << 20
+        assert owner.hear() is False
+        _, err = owner.finish()
+        assert err == ""
+
+
+def test_a_pool_that_starts_on_a_full_disk_goes_elsewhere_or_says_so(start_method, disk):
+    code = """
+        if not full(folder, 1):
+            tell("no mounts")
+            sys.exit()
+        os.environ["TMPDIR"] = folder.decode()
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            pool(1).run_service()  # there is room for the folder, and not for the socket
+        except WhitepoolError as error:
+            tell(str(error))
+        assert os.listdir(folder) == []
+        files(folder)
+        with pool(1) as session:
+            tell([session._member.owner.folder, work(session)])
+        for path in (b"/tmp", b"/var/tmp"):
+            assert full(path, 0)
+        os.environ["TMPDIR"] = "/tmp"
+        try:
+            pool(1).run_service()
+        except WhitepoolError as error:
+            tell(str(error))
+        assert len(os.listdir("/proc/self/fd")) == before
+    """
+    with script(code, start_method, FULL) as owner:
+        owner.say(disk.encode())
+        told = owner.hear()
+        if told == "no mounts":
+            pytest.skip("takes the right to mount")
+        assert f"could not be made in {disk}" in told and "No space left on device" in told
+        elsewhere, size = owner.hear()
+        assert (os.path.dirname(elsewhere), size) == ("/tmp", 1 << 20)
+        told = owner.hear()
+        assert "no temporary folder" in told and "No space left on device" in told
+        _, err = owner.finish()
+        assert err == ""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,33 @@ def cast(session):
 """
 
 
+CLIENTS = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import deeds
+session = given()
+
+def client(work, *args):
+    # Run work(*args) in a process of its own, a client like others; its pid.
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work(*args)
+        os._exit(70)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(71)
+
+def ended(pid):
+    # Wait for its end: the exit code, or the signal.
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+"""What a script begins with that is given a session, and has many clients that come to grief."""
+
+
 class Script:
     """A running script.
 
@@ -61,12 +88,15 @@ class Script:
         code: its lines after `BEGIN`; they may be indented.
         start_method: for its `pool()`.
         before: lines that come before those.
+        through: a command that runs the command which follows it.
     """
 
-    def __init__(self, code: str, start_method: str, before: str = "") -> None:
+    def __init__(
+        self, code: str, start_method: str, before: str = "", through: Sequence[str] = ()
+    ) -> None:
         lines = BEGIN + textwrap.dedent(before) + textwrap.dedent(code)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", lines, start_method],
+            [*through, sys.executable, "-c", lines, start_method],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -126,9 +156,11 @@ class Script:
 
 
 @contextlib.contextmanager
-def script(code: str, start_method: str, before: str = "") -> Iterator[Script]:
+def script(
+    code: str, start_method: str, before: str = "", through: Sequence[str] = ()
+) -> Iterator[Script]:
     """Run a script while the block runs; whatever is left of it then is killed."""
-    running = Script(code, start_method, before)
+    running = Script(code, start_method, before, through)
     try:
         yield running
     finally:

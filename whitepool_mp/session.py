@@ -545,9 +545,7 @@ class Session:
         Harmless when it has ended already.
         """
         member = self._member
-        if member.closed:
-            return
-        if member.owner is None:
+        if member.owner is None and not member.closed:
             member.draining = True
             try:
                 deadline = time.monotonic() + _TERMINATE_SECONDS

@@ -306,9 +306,11 @@ class Member:
     def close(self) -> None:
         """The pool has ended: let go of everything here. Twice is harmless."""
         with self._lock:
-            if self.closed:
-                return
-            self.closed = True
+            again, self.closed = self.closed, True
+        if again:
+            if self.owner is not None:
+                self.owner.end()  # the first time, its end may have been interrupted
+            return
         if self._threaded is not None:
             self._threaded.stop()
         if self.owner is not None:

@@ -108,10 +108,14 @@ class Owner:
         self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except BaseException as error:
             self._signal(signal.SIGKILL)
             os.waitpid(self.manager, 0)
             self._finish()
+            if isinstance(error, RuntimeError):
+                raise WhitepoolError(
+                    f"pool {config.name!r} needs a thread that watches its manager: {error}"
+                ) from error
             raise
 
     # --- managers -------------------------------------------------------------------------
@@ -120,7 +124,13 @@ class Owner:
         """Make what managers leave to each other."""
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            self._listener.bind(self.path)
+            try:
+                self._listener.bind(self.path)
+            except OSError as error:  # its folder's disk is full
+                raise WhitepoolError(
+                    f"the socket of pool {self._name!r} could not be made in {self.folder}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             self._listener.listen(4096)
             self._inlet, self._outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(self._inlet)
