@@ -115,6 +115,8 @@ class Crew:
         nursery: the first nursery, already forked: its pid and this process's end to it.
         first: of a worker that is on its way already: the page, this process's end, and the pid if
             it is born.
+        follows: whether there was a manager before this one, which may have left processes that are
+            not this one's children.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Crew:
         start_timeout: float,
         nursery: tuple[int, Socket],
         first: tuple[int, Socket, int | None] | None,
+        follows: bool = False,
     ) -> None:
         self._boot = boot
         self._loop = loop
@@ -145,7 +148,7 @@ class Crew:
         self._unborn: dict[int, Hand] = {}
         self._orders: deque[tuple[int, int, Socket, int]] = deque()
         self._sweep_due = False
-        self._taken_over = False  # workers that are not this process's children
+        self._follows = follows
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = _open_children()
         self._take_nursery(*nursery)
@@ -352,14 +355,12 @@ class Crew:
         hand.inherited = True
         hand.channels = hand.page.words[pages.CHANNELS]
         self._hands[hand.worker] = self._unborn[hand.worker] = hand
-        self._taken_over = True
         pid = process.pid or hand.page.words[pages.PID]
         if pid:
             self._identify(hand, pid, process.started or kin.started(pid) or 0)
 
     def give_up(self, process: Process) -> None:
         """Kill a worker that another manager started and that cannot be taken over."""
-        self._taken_over = True
         if process.pid:
             with contextlib.suppress(OSError):  # no descriptor: `sweep_marked` finds it
                 pidfd = kin.hold(process.pid, process.started)
@@ -401,7 +402,7 @@ class Crew:
 
     def sweep_marked(self) -> None:
         """Kill what workers left behind that were not this process's children."""
-        if self._taken_over:
+        if self._follows:
             self._read_nursery()
             living = {os.getpid(), *self._by_pid}
             living |= {hand.pid for hand in self._hands.values() if hand.pid is not None}

@@ -69,7 +69,18 @@ def serve(
     books = Books(ledger)
     clock = time.monotonic
     manager = Manager(policy, loop, clock, books)
-    crew = Crew(boot, loop, manager, clock, lifeline, escrow, policy.start_timeout, nursery, first)
+    crew = Crew(
+        boot,
+        loop,
+        manager,
+        clock,
+        lifeline,
+        escrow,
+        policy.start_timeout,
+        nursery,
+        first,
+        follows=books.generation > 1,
+    )
     door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, clock, books)
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))
