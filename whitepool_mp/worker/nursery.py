@@ -220,7 +220,10 @@ class _Nursery:
             if not warm and not poller.poll(_LULL_MS):
                 self._warm_up()
                 warm = True
-            data, fds = descriptors.receive(self._sock, 64, 4)
+            try:
+                data, fds = descriptors.receive(self._sock, 64, 4)
+            except ConnectionResetError:  # closed, with what was said from here unread
+                break
             if not data:
                 break
             _, worker, slot = SPAWN.unpack(data)
