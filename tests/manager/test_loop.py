@@ -97,6 +97,19 @@ class Crew:
     def hand(self, worker: int) -> Hand | None:
         return self.hands.get(worker)
 
+    def ask_stacks(self, rows: dict[int, Any], done: Callable[[list[Any]], None]) -> None:
+        done([row | {"answered": True, "stack": f"stack {worker}"} for worker, row in rows.items()])
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def tick(self, now: float) -> None:
+        pass
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {"scripted": 1}
+
     def recall(self, worker: int, lease: int, patient: bool) -> bool:
         self.recalled.append((worker, lease))
         return self.hands[worker].page.busy()

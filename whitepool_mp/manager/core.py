@@ -70,6 +70,13 @@ class Workers(Protocol):
     def adopt(self, worker: int, channel: Socket) -> int: ...
     def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
     def hand(self, worker: int) -> Any: ...
+    def ask_stacks(
+        self, rows: dict[int, dict[str, Any]], done: Callable[[list[dict[str, Any]]], None]
+    ) -> None: ...
+    def next_deadline(self) -> float | None: ...
+    def tick(self, now: float) -> None: ...
+    @property
+    def counters(self) -> dict[str, int]: ...
 
 
 class Manager:
@@ -103,6 +110,7 @@ class Manager:
             frames.WHY: self._on_why,
             frames.STATUS: self._on_status,
             frames.WORKERS: self._on_workers,
+            frames.STACKS: self._on_stacks,
             frames.RESIZE: self._on_resize,
             frames.DRAIN: self._on_drain,
             frames.TERMINATE: self._on_terminate,
@@ -121,10 +129,15 @@ class Manager:
         if due is not None and now >= due:
             self.apply(Tick())
         self._door.tick(now)
+        self._crew.tick(now)
         return ready
 
     def _timeout(self) -> float | None:
-        deadlines = [self._broker.next_deadline(), self._door.next_deadline()]
+        deadlines = [
+            self._broker.next_deadline(),
+            self._door.next_deadline(),
+            self._crew.next_deadline(),
+        ]
         due = min((when for when in deadlines if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
@@ -299,7 +312,7 @@ class Manager:
             "draining": status.draining,
             "failing": status.failing,
             "last_failure": status.last_failure,
-            "counters": {**status.counters, **self._door.counters},
+            "counters": {**status.counters, **self._door.counters, **self._crew.counters},
         }
         self._door.send(client, frames.reply(frames.read_request(body), value))
 
@@ -314,6 +327,19 @@ class Manager:
                 holder = self._door.clients.get(worker.client) if worker.client else None
                 rows.append(describe(worker, hand, holder, self._sites.get(worker.id, ""), now))
         self._door.send(client, frames.reply(frames.read_request(body), rows))
+
+    def _on_stacks(self, client: Client, body: bytes) -> None:
+        number = frames.read_request(body)
+        rows = {}
+        for worker in self._broker.workers():
+            hand = self._crew.hand(worker.id)
+            if hand is not None:
+                idle = worker.kept and not hand.page.busy()
+                state = "idle" if idle else worker.state.value
+                rows[worker.id] = {"pid": hand.pid, "slot": worker.slot, "state": state}
+        self._crew.ask_stacks(
+            rows, lambda told: self._door.send(client, frames.reply(number, told))
+        )
 
     def _on_resize(self, client: Client, body: bytes) -> None:
         number, pool_size, max_overflow = frames.read_resize(body)

@@ -20,6 +20,7 @@ from whitepool_mp.manager.loop import Loop
 from whitepool_mp.policy import Policy
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.kit import Kit
 from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -40,7 +41,7 @@ def serve(
     owner: int,
     lifeline: int,
     nursery: tuple[int, Socket],
-    first: tuple[int, Socket, int | None] | None,
+    first: tuple[Kit, int | None] | None,
 ) -> None:
     """Serve a pool until it has ended.
 
@@ -71,6 +72,8 @@ def serve(
         loop.turn(deadline - now)  # SIGCHLD: somebody ended, and was reaped
         left = crew.end_nursery()
     crew.kill_rest()
+    while (until := crew.relay.flush_until(deadline)) is not None:
+        loop.turn(until - time.monotonic())  # what workers wrote is still on its way out
     nurseries.remove(boot.folder)
     manager.answer_drainers()
     door.close()
@@ -107,4 +110,5 @@ def _warm_up() -> None:
     with contextlib.suppress(OSError, ImportError):  # there is none now
         import json  # noqa: F401
 
-        import whitepool_mp.manager.census  # noqa: F401
+        import whitepool_mp.manager.census
+        import whitepool_mp.manager.stacks  # noqa: F401

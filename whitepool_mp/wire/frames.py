@@ -44,6 +44,7 @@ WORKERS = 9
 RESIZE = 10
 DRAIN = 11
 TERMINATE = 12
+STACKS = 13
 # Manager to client.
 CHALLENGE = 64
 WELCOME = 65
@@ -233,7 +234,7 @@ def read_checkout(body: bytes) -> Checkout:
 
 
 def request(kind: int, number: int) -> bytes:
-    """A request without fields: CANCEL, STATUS, WORKERS, DRAIN or TERMINATE."""
+    """A request without fields: CANCEL, STATUS, WORKERS, STACKS, DRAIN or TERMINATE."""
     return frame(_REQUEST.pack(kind, number))
 
 
@@ -346,7 +347,7 @@ def draining() -> bytes:
 
 
 def reply(number: int, value: Any) -> bytes:
-    """Answer to WHY, STATUS, WORKERS, RESIZE, DRAIN and TERMINATE, as JSON."""
+    """Answer to WHY, STATUS, WORKERS, STACKS, RESIZE, DRAIN and TERMINATE, as JSON."""
     import json
 
     return frame(_REQUEST.pack(REPLY, number) + json.dumps(value).encode())

@@ -50,12 +50,19 @@ KIND = 10
 """What kind of results of a BULK lie here (see `messages`); 0 if none do."""
 MARK = 11
 """If they are numbers: what lies behind the last of them."""
+RSS = 12
+"""The worker's resident memory in bytes, when it was ready and after each call that took long."""
+THREAD = 13
+"""By what number the worker's main thread is known in a stack, once `STACKS_SIGNAL` may be sent."""
 SLOTS = 248
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
 _FIRST_SLOT = 16
 """Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
 second, were taken back, and the worker refuses them."""
+
+STACKS_SIGNAL = 59
+"""At this signal a worker writes its stack into a pipe. It is SIGRTMAX - 5: hardly anybody's."""
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
@@ -117,6 +124,11 @@ class Page:
     def calls(self) -> int:
         """How many calls were begun."""
         return self.words[CALLS]
+
+    @property
+    def rss(self) -> int | None:
+        """The worker's resident memory when it was last looked at, in bytes."""
+        return self.words[RSS] or None
 
     def recall(self, lease: int) -> bool:
         """Take a lease back: no call under it begins from now on.
