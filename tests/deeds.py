@@ -275,6 +275,92 @@ def hang(*_):
         time.sleep(60)
 
 
+# --- last words -------------------------------------------------------------------------------
+
+
+def complain(text, code):
+    """Write to standard error, and leave."""
+    print(text, file=sys.stderr)
+    os._exit(code)
+
+
+def complain_in_bytes(data):
+    os.write(2, data)
+    os._exit(1)
+
+
+class Complains:
+    """A factory that does so."""
+
+    def __init__(self, text, code):
+        self.text, self.code = text, code
+
+    def __call__(self):
+        complain(self.text, self.code)
+
+
+def child_complains():
+    os.system("echo a child speaks >&2")
+    os._exit(1)
+
+
+def ask_to_exit_badly():
+    try:
+        raise RuntimeError("in a teardown of sorts")
+    except RuntimeError:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
+
+
+def close_stderr():
+    os.close(2)
+    return "closed"
+
+
+def free_what_is_not_allocated():
+    ctypes.CDLL(None).free(ctypes.c_void_p(ctypes.addressof(ctypes.create_string_buffer(64)) + 8))
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+class Hoard:
+    """A resource that takes memory, and some time over it."""
+
+    def __init__(self):
+        self.taken = []
+
+    def take(self, size):
+        time.sleep(0.005)
+        self.taken.append(bytearray(b"x") * size)
+        return size
+
+    def take_and_raise(self, size):
+        self.take(size)
+        raise Plain("too much")
+
+    def take_and_return(self, size):
+        self.take(size)
+        return bytes(1 << 20)
+
+
+def short():
+    return None
+
+
+def reads(pid):
+    """How many reads a process has made, of files and the like; not what it received."""
+    with open(f"/proc/{pid}/io") as file:
+        counts = dict(line.split(": ") for line in file)
+    return int(counts["syscr"])
+
+
+def take_all_memory():
+    taken = []
+    while True:
+        taken.append(bytearray(b"x") * (8 << 20))
+
+
 # --- other misdeeds ---------------------------------------------------------------------------
 
 

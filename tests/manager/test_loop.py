@@ -716,7 +716,7 @@ def test_a_client_with_a_wrong_key_is_denied_and_hung_up_on(make: Callable[..., 
     "data",
     [
         frames.request(0, 1),
-        frames.request(13, 1),
+        frames.request(63, 1),
         frames.request(frames.GRANT, 1),
         frames.request(255, 1),
         frames.frame(b"\x02"),
@@ -725,7 +725,7 @@ def test_a_client_with_a_wrong_key_is_denied_and_hung_up_on(make: Callable[..., 
         b"\x00\x00\x00\x00",
         b"GET / HTTP/1.1\r\n\r\n",
     ],
-    ids=["0", "13", "GRANT", "255", "short", "no worker", "long", "empty", "HTTP"],
+    ids=["0", "63", "GRANT", "255", "short", "no worker", "long", "empty", "HTTP"],
 )
 def test_nonsense_closes_that_connection_only(make: Callable[..., Bench], data: bytes) -> None:
     bench = make(pool_size=2).start()
