@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import os
 import signal
 import sys
@@ -359,6 +361,120 @@ def take_all_memory():
     taken = []
     while True:
         taken.append(bytearray(b"x") * (8 << 20))
+
+
+# --- busy until the test writes into a pipe ---------------------------------------------------
+
+
+def spinning(fd):
+    while True:
+        try:
+            os.read(fd, 1)
+        except BlockingIOError:
+            continue
+        return "told"
+
+
+def spin_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    note(noted)
+    return spinning(fd)
+
+
+def sleeping(fd):
+    os.read(fd, 1)
+    return "told"
+
+
+def sleep_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR)
+    note(noted)
+    return sleeping(fd)
+
+
+def holding_gil(fd):
+    buffer = ctypes.create_string_buffer(1)
+    if ctypes.PyDLL(None).read(fd, buffer, 1) != 1:
+        raise OSError("the read was interrupted")
+    return "told"
+
+
+def hold_gil_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR)
+    note(noted)
+    return holding_gil(fd)
+
+
+def block_signals_until_told(path, noted):
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+    try:
+        return sleep_until_told(path, noted)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def wait_in_thread(event):
+    event.wait()
+
+
+def sleep_with_threads_until_told(path, noted, count=3):
+    event = threading.Event()
+    threads = [threading.Thread(target=wait_in_thread, args=(event,)) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        return sleep_until_told(path, noted)
+    finally:
+        event.set()
+        for thread in threads:
+            thread.join()
+
+
+def sleep_with_many_threads_until_told(path, noted):
+    return sleep_with_threads_until_told(path, noted, 120)
+
+
+def deeper(depth, path, noted):
+    return deeper(depth - 1, path, noted) if depth > 1 else sleep_until_told(path, noted)
+
+
+deep = {depth: functools.partial(deeper, depth) for depth in (50, 99, 100, 101, 500)}
+
+
+def ignore(number):
+    signal.signal(number, signal.SIG_IGN)
+
+
+def default(number):
+    signal.signal(number, signal.SIG_DFL)
+
+
+def summing():
+    return sum(itertools.repeat(1, 10**11))
+
+
+def sum_for_long():
+    return summing()
+
+
+def timed_sleep(seconds):
+    began = time.monotonic()
+    time.sleep(seconds)
+    return time.monotonic() - began
+
+
+def start_sleep():
+    return os.posix_spawn("/bin/sleep", ["sleep", "600"], os.environ)
+
+
+class Slow:
+    """A factory that takes as long as a pipe says."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self):
+        return read_pipe(self.path)
 
 
 # --- other misdeeds ---------------------------------------------------------------------------

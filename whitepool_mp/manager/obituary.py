@@ -92,26 +92,13 @@ def is_exiting(pid: int | None) -> bool:
     Source: proc(5), /proc/pid/stat, field 9; PF_EXITING in the kernel's sched.h.
     """
     try:
-        fields = _stat(pid)
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return True
     except OSError:  # no descriptor to look with
         return False
     return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
-
-
-def is_stopped(pid: int | None) -> bool:
-    """Whether an unreaped child is stopped (SIGSTOP, or a debugger)."""
-    try:
-        return _stat(pid)[0] in (b"T", b"t")
-    except OSError:
-        return False
-
-
-def _stat(pid: int | None) -> list[bytes]:
-    """The fields of /proc/pid/stat behind the name."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()
 
 
 class OomKills:

@@ -53,7 +53,7 @@ MARK = 11
 RSS = 12
 """The worker's resident memory in bytes, when it was ready and after each call that took long."""
 THREAD = 13
-"""By what number the worker's main thread is known in a stack, once `STACKS_SIGNAL` may be sent."""
+"""By what number the worker's main thread is known in a stack, once it can be asked for one."""
 SLOTS = 248
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
@@ -61,8 +61,11 @@ _FIRST_SLOT = 16
 """Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
 second, were taken back, and the worker refuses them."""
 
-STACKS_SIGNAL = 59
-"""At this signal a worker writes its stack into a pipe. It is SIGRTMAX - 5: hardly anybody's."""
+STACKS_NOW = 59
+"""At this signal a worker writes its stack into a pipe, whatever it is doing. It is SIGRTMAX - 5,
+which is hardly anybody's, and so is the next one."""
+STACKS_SOON = 60
+"""At this one it does so between two steps of Python code."""
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1

@@ -89,11 +89,15 @@ def _take_stderr(fd: int) -> None:
 
 
 def _show_stacks(fd: int) -> int:
-    """From now on write this process's stack into a pipe at each `STACKS_SIGNAL`.
+    """From now on write this process's stack into a pipe when one of two signals comes.
 
-    faulthandler does so in the signal's handler: also in C code, whoever holds the interpreter's
-    lock. System calls that the signal interrupts are restarted, as far as the kernel does that. A
-    full pipe is not waited for, and a broken one (this end reads as well) breaks nothing.
+    At the first one faulthandler does so in the signal's handler: also in C code, whoever holds the
+    interpreter's lock; a system call that it interrupts is restarted. But its handler leaves
+    another `errno` behind, which matters if code was just about to read it: so that signal is for
+    who is asleep, in the kernel, or in C code for long. At the second one Python code is run, as
+    at any signal; it is for who is awake.
+
+    A full pipe is not waited for, and a broken one (this end reads as well) breaks nothing.
 
     Returns:
         What says on the page that it does: by what the main thread is known in such a stack.
@@ -103,7 +107,9 @@ def _show_stacks(fd: int) -> int:
     except OSError:  # no descriptor is left
         return 0
     os.close(fd)
-    faulthandler.register(pages.STACKS_SIGNAL, file=both, all_threads=True, chain=False)
+    faulthandler.register(pages.STACKS_NOW, file=both, all_threads=True, chain=False)
+    signal.signal(pages.STACKS_SOON, lambda *_: faulthandler.dump_traceback(both, True))
+    signal.siginterrupt(pages.STACKS_SOON, False)
     return get_ident()
 
 
