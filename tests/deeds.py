@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import itertools
@@ -321,6 +322,25 @@ def close_stderr():
 
 def free_what_is_not_allocated():
     ctypes.CDLL(None).free(ctypes.c_void_p(ctypes.addressof(ctypes.create_string_buffer(64)) + 8))
+
+
+def line(number, index):
+    """What the next one writes."""
+    return f"worker {number} line {index} " + "." * (index % 50)
+
+
+def talk(number, lines):
+    for index in range(lines):
+        os.write(2, f"{line(number, index)}\n".encode())  # (print may write the end by itself)
+    return lines
+
+
+def says_at_exit():
+    atexit.register(lambda: print("atexit", file=sys.stderr))
+
+
+def says(_):
+    print("the teardown", file=sys.stderr)
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ future Python write it otherwise, the answer takes the whole second, and is ther
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -51,6 +52,7 @@ _CUT_SHORT = re.compile(rb"\n(  )?\.\.\.\n\Z|\n  <truncated[^\n]*\n\Z")
 
 
 _STARTING = "(it is being started and cannot tell yet)"
+_DEAD = "(it has just died)"
 _CANNOT = (
     "(it cannot tell: there was no descriptor left for that when it was started, or it does "
     f"something else at signal {STACKS_NOW})"
@@ -86,6 +88,12 @@ def _look(pid: int) -> _Look | None:
     bits = {name: int(lines.get(name, b"0"), 16) for name in (b"SigCgt", b"SigPnd", b"ShdPnd")}
     state = lines[b"State"].split()[0].decode()
     return _Look(state, bits[b"SigCgt"], bits[b"SigPnd"] | bits[b"ShdPnd"])
+
+
+def _send(pid: int, number: int) -> None:
+    """Send a child a signal. It has not been reaped, so the process number is nobody else's."""
+    with contextlib.suppress(PermissionError):  # it has become another user's
+        os.kill(pid, number)
 
 
 class _Question:
@@ -135,6 +143,8 @@ class Stacks:
         looked = None if hand.pid is None else _look(hand.pid)
         if looked is None:
             return _STARTING if row["state"] == "booting" else "(it cannot be looked at)"
+        if looked.state in "ZX":
+            return _DEAD
         if looked.state in "tT":
             row["state"] = "stopped"
             return "(it is stopped, by SIGSTOP or a debugger)"
@@ -144,8 +154,7 @@ class Stacks:
         if hand.dump is None:
             hand.dump = bytearray()
             awake = looked.state == "R" and looked.catches(STACKS_SOON)
-            # It has not been reaped: the number is nobody else's.
-            os.kill(hand.pid, STACKS_SOON if awake else STACKS_NOW)
+            _send(hand.pid, STACKS_SOON if awake else STACKS_NOW)
         return ""
 
     def heard(self, hand: Any, data: bytes) -> None:
@@ -165,7 +174,7 @@ class Stacks:
         """A worker died."""
         for question in self._questions:
             if question.waiting.pop(hand.worker, None) is not None:
-                question.rows[hand.worker]["stack"] = "(it has just died)"
+                question.rows[hand.worker]["stack"] = _DEAD
         self._settle()
 
     def next_deadline(self) -> float | None:
@@ -189,7 +198,7 @@ class Stacks:
         for hand in question.waiting.values():
             looked = None if hand.dump else _look(hand.pid)
             if looked is not None and not looked.waits(STACKS_NOW) and looked.catches(STACKS_NOW):
-                os.kill(hand.pid, STACKS_NOW)
+                _send(hand.pid, STACKS_NOW)
 
     def _give_up(self, question: _Question) -> None:
         for worker, hand in question.waiting.items():
