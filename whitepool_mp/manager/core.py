@@ -133,12 +133,9 @@ class Manager:
         return ready
 
     def _timeout(self) -> float | None:
-        deadlines = [
-            self._broker.next_deadline(),
-            self._door.next_deadline(),
-            self._crew.next_deadline(),
-        ]
-        due = min((when for when in deadlines if when is not None), default=None)
+        parts: tuple[Any, ...] = (self._broker, self._door, self._crew)
+        waits = [part.next_deadline() for part in parts]
+        due = min((when for when in waits if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
     def apply(self, event: Event) -> None:
