@@ -315,6 +315,10 @@ def ask_to_exit_badly():
     os._exit(1)
 
 
+def named_file(fd):
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
 def close_stderr():
     os.close(2)
     return "closed"

@@ -288,34 +288,47 @@ def test_a_worker_is_started_without_pipes_when_no_descriptor_is_left_for_them()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_an_owner_without_standard_error_has_a_pool_that_works(
-    start_method: str, tmp_path: Path
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "0<&-"])
+def test_an_owner_without_standard_streams_has_a_pool_that_works(
+    start_method: str, closed: str, tmp_path: Path
 ) -> None:
-    script = tmp_path / "closed.py"
+    """What workers print goes nowhere then, and not to what has got these numbers."""
+    script, told = tmp_path / "closed.py", tmp_path / "told"
     script.write_text(
         textwrap.dedent(
             f"""
             import os, sys
+            import deeds
             from whitepool_mp import Pool, WorkerDied
-            assert sys.stderr is None
-            with Pool(2, start_method={start_method!r}) as session:
-                print(session.run(pow, 2, 10))
+            file = open({str(told)!r}, "w")
+            with file, Pool(2, start_method={start_method!r}) as session:
+                file.write(f"{{session.run(pow, 2, 10)}}\\n")
+                for fd in range(3):
+                    file.write(f"{{session.run(deeds.named_file, fd)}}\\n")
+                session.run(os.write, 1, b"x" * 1000)
                 try:
-                    session.run(os._exit, 3)
+                    session.run(deeds.complain_in_bytes, b"a word\\n")
                 except WorkerDied as error:
-                    print(error.exitcode, error.stderr)
-                print({{worker.state for worker in session.stacks()}} <= {{"idle", "booting"}})
+                    file.write(f"{{error.exitcode}} {{error.stderr}}\\n")
+                file.write(f"{{session.run(pow, 2, 11)}}\\n")
             """
         )
     )
     done = subprocess.run(
-        ["/bin/sh", "-c", f"exec {sys.executable} {script} 2>&-"],
-        stdout=subprocess.PIPE,
+        ["/bin/sh", "-c", f"exec {sys.executable} {script} {closed}"],
+        capture_output=True,
         timeout=60,
         check=False,
         env=ENV,
     )
-    assert (done.returncode, done.stdout) == (0, b"1024\n3 None\nTrue\n")
+    assert done.returncode == 0, done
+    first, stdin, stdout, stderr, death, last = told.read_text().splitlines()
+    assert (first, death, last) == ("1024", "1 a word", "2048")
+    assert stdin == "/dev/null"
+    assert stdout == "/dev/null" if "1>" in closed else stdout.startswith("pipe:")
+    assert stderr.startswith("pipe:")
+    assert done.stdout == (b"" if "1>" in closed else b"x" * 1000)
+    assert done.stderr == (b"" if "2>" in closed else b"a word\n")
 
 
 # --- the kernel's killer --------------------------------------------------------------------------

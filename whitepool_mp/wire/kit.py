@@ -5,14 +5,13 @@
              <--stacks (a pipe)-----------  where its stack goes when it is asked for
              ---page (a memory file)------
 
-The pipes are a convenience: when there is no descriptor left for them, or the owner has no standard
-error itself, a worker is started without, and writes to whatever descriptor 2 it inherits.
+The pipes are a convenience: when there is no descriptor left for them a worker is started without,
+and writes to the descriptor 2 that it inherits.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 from whitepool_mp.wire import descriptors, pages
 
@@ -48,10 +47,6 @@ class Kit:
             os.close(self.page)
             raise
         self.given.append(theirs.detach())
-        if sys.stderr is not None:  # otherwise number 2 may be anything
-            self._lay_pipes()
-
-    def _lay_pipes(self) -> None:
         try:
             stderr = os.pipe2(os.O_CLOEXEC)
         except OSError:
