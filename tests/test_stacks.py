@@ -395,6 +395,7 @@ def hand(number: int, thread: int = 7) -> Any:
         (HEAD % 7 + '  File "a.py", line 1 in f\n' * 100, True),
         (HEAD % 8 + '  File "a.py", line 1 in f\n' * 100, False),
         (HEAD % 7 + '  File "a.py", line 1 in f\n' * 3 + "  ...\n", True),
+        (HEAD % 8 + '  File "a.py", line 1 in f\n' * 3 + "  ...\n", False),
         (HEAD % 8 + '  File "a.py", line 1 in f\n\n...\n', True),
         (HEAD % 7 + '  File "<string>", line 1 in <module>\n', False),
         (HEAD % 7 + "  Garbage-collecting\n" + OURS, True),

@@ -48,7 +48,8 @@ _OUTERMOST = re.compile(
     rb'/whitepool_mp/(manager|worker)/main\.py", line \d+ in main\n'
     rb'  File "<string>", line \d+ in <module>\n\Z'
 )
-_CUT_SHORT = re.compile(rb"\n(  )?\.\.\.\n\Z|\n  <truncated[^\n]*\n\Z")
+_NO_MORE_FRAMES = re.compile(rb"\n  (\.\.\.|<truncated[^\n]*)\n\Z")
+_NO_MORE_THREADS = b"\n...\n"
 
 
 _STARTING = "(it is being started and cannot tell yet)"
@@ -240,13 +241,15 @@ def _is_whole(dump: bytearray, thread: int) -> bool:
     """Whether a stack has come to its end."""
     if not dump.endswith(b"\n"):
         return False
-    tail = bytes(dump[-4096:])
-    if _CUT_SHORT.search(tail):
+    if dump.endswith(_NO_MORE_THREADS):
         return True
     begin = dump.rfind(b"hread 0x%016x" % thread)
     if begin < 0:
         return False
-    return bool(_OUTERMOST.search(tail)) or dump.count(b"\n  File ", begin) >= _FRAMES
+    tail = bytes(dump[-4096:])
+    if _OUTERMOST.search(tail) or _NO_MORE_FRAMES.search(tail):
+        return True
+    return dump.count(b"\n  File ", begin) >= _FRAMES
 
 
 def shortened(text: str, limit: int) -> str:
