@@ -82,11 +82,19 @@ class Answers:
         """
         if self._copied:
             os._exit(1)  # its parent answers
-        if took < SHORT:
-            if (self._more or channel.reader.more) and self._put(data):
-                self._words[ENDED] = self._calls
-                return
-        elif took > SHORT:
+        if took >= SHORT:
+            self._answer_long(channel, data, took)
+            return
+        if (self._more or channel.reader.more) and self._put(data):
+            self._words[ENDED] = self._calls
+            return
+        if self._unsent:
+            self._send_unsent(channel)
+        self._transmit(channel, data)
+
+    def _answer_long(self, channel: Channel, data: bytes | memoryview, took: int) -> None:
+        """Send the answer of a call that took long, or of which that is not known (`SHORT`)."""
+        if took > SHORT:
             self.measure()
         if self._unsent:
             self._send_unsent(channel)
