@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
+import itertools
 import os
 import signal
 import sys
@@ -288,6 +291,229 @@ def deaf_counter():
 def hang(*_):
     while True:
         time.sleep(60)
+
+
+# --- last words -------------------------------------------------------------------------------
+
+
+def complain(text, code):
+    """Write to standard error, and leave."""
+    print(text, file=sys.stderr)
+    os._exit(code)
+
+
+def complain_in_bytes(data):
+    os.write(2, data)
+    os._exit(1)
+
+
+class Complains:
+    """A factory that does so."""
+
+    def __init__(self, text, code):
+        self.text, self.code = text, code
+
+    def __call__(self):
+        complain(self.text, self.code)
+
+
+def child_complains():
+    os.system("echo a child speaks >&2")
+    os._exit(1)
+
+
+def ask_to_exit_badly():
+    try:
+        raise RuntimeError("in a teardown of sorts")
+    except RuntimeError:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
+
+
+def named_file(fd):
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def close_stderr():
+    os.close(2)
+    return "closed"
+
+
+def free_what_is_not_allocated():
+    ctypes.CDLL(None).free(ctypes.c_void_p(ctypes.addressof(ctypes.create_string_buffer(64)) + 8))
+
+
+def line(number, index):
+    """What the next one writes."""
+    return f"worker {number} line {index} " + "." * (index % 50)
+
+
+def talk(number, lines):
+    for index in range(lines):
+        os.write(2, f"{line(number, index)}\n".encode())  # (print may write the end by itself)
+    return lines
+
+
+def says_at_exit():
+    atexit.register(lambda: print("atexit", file=sys.stderr))
+
+
+def says(_):
+    print("the teardown", file=sys.stderr)
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+class Hoard:
+    """A resource that takes memory, and some time over it."""
+
+    def __init__(self):
+        self.taken = []
+
+    def take(self, size):
+        time.sleep(0.005)
+        self.taken.append(bytearray(b"x") * size)
+        return size
+
+    def take_and_raise(self, size):
+        self.take(size)
+        raise Plain("too much")
+
+    def take_and_return(self, size):
+        self.take(size)
+        return bytes(1 << 20)
+
+
+def short():
+    return None
+
+
+def reads(pid):
+    """How many reads a process has made, of files and the like; not what it received."""
+    with open(f"/proc/{pid}/io") as file:
+        counts = dict(line.split(": ") for line in file)
+    return int(counts["syscr"])
+
+
+def take_all_memory():
+    taken = []
+    while True:
+        taken.append(bytearray(b"x") * (8 << 20))
+
+
+# --- busy until the test writes into a pipe ---------------------------------------------------
+
+
+def spinning(fd):
+    while True:
+        try:
+            os.read(fd, 1)
+        except BlockingIOError:
+            continue
+        return "told"
+
+
+def spin_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    note(noted)
+    return spinning(fd)
+
+
+def sleeping(fd):
+    os.read(fd, 1)
+    return "told"
+
+
+def sleep_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR)
+    note(noted)
+    return sleeping(fd)
+
+
+def holding_gil(fd):
+    buffer = ctypes.create_string_buffer(1)
+    if ctypes.PyDLL(None).read(fd, buffer, 1) != 1:
+        raise OSError("the read was interrupted")
+    return "told"
+
+
+def hold_gil_until_told(path, noted):
+    fd = os.open(path, os.O_RDWR)
+    note(noted)
+    return holding_gil(fd)
+
+
+def block_signals_until_told(path, noted):
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+    try:
+        return sleep_until_told(path, noted)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def wait_in_thread(event):
+    event.wait()
+
+
+def sleep_with_threads_until_told(path, noted, count=3):
+    event = threading.Event()
+    threads = [threading.Thread(target=wait_in_thread, args=(event,)) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        return sleep_until_told(path, noted)
+    finally:
+        event.set()
+        for thread in threads:
+            thread.join()
+
+
+def sleep_with_many_threads_until_told(path, noted):
+    return sleep_with_threads_until_told(path, noted, 120)
+
+
+def deeper(depth, path, noted):
+    return deeper(depth - 1, path, noted) if depth > 1 else sleep_until_told(path, noted)
+
+
+deep = {depth: functools.partial(deeper, depth) for depth in (50, 99, 100, 101, 500)}
+
+
+def ignore(number):
+    signal.signal(number, signal.SIG_IGN)
+
+
+def default(number):
+    signal.signal(number, signal.SIG_DFL)
+
+
+def summing():
+    return sum(itertools.repeat(1, 10**11))
+
+
+def sum_for_long():
+    return summing()
+
+
+def timed_sleep(seconds):
+    began = time.monotonic()
+    time.sleep(seconds)
+    return time.monotonic() - began
+
+
+def start_sleep():
+    return os.posix_spawn("/bin/sleep", ["sleep", "600"], os.environ)
+
+
+class Slow:
+    """A factory that takes as long as a pipe says."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self):
+        return read_pipe(self.path)
 
 
 # --- other misdeeds ---------------------------------------------------------------------------

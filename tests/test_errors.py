@@ -52,11 +52,14 @@ FULL = WorkerDied(
     slot=1,
     exitcode=-11,
     age=3.2,
+    calls=17,
     rss=120 * 2**20,
     peak_rss=300 * 2**20,
     running="crunch(1000000)",
     started=True,
     stack='Fatal Python error: Segmentation fault\n  File "app.py", line 3 in f\n',
+    stderr="free(): invalid size\nfree(): invalid pointer\n",
+    oom_killed=False,
     reason="memory over max_rss",
 )
 
@@ -237,13 +240,17 @@ def test_a_remote_error_reads_like_the_original(error: RemoteError, text: str) -
 # --- the obituary ---------------------------------------------------------------------------------
 
 
-def test_a_dead_worker_is_told_on_one_line_and_its_stack_below() -> None:
+def test_a_dead_worker_is_told_on_one_line_and_the_rest_below() -> None:
     first, *stack = str(FULL).splitlines()
     assert first == (
-        "worker 1 of pool 'db' (pid 4242) died from SIGSEGV after 3.2 s "
+        "worker 1 of pool 'db' (pid 4242) died from SIGSEGV after 3.2 s and 17 calls "
         "while running crunch(1000000); memory 120 MiB, peak 300 MiB; memory over max_rss"
     )
-    assert stack == ["Fatal Python error: Segmentation fault", '  File "app.py", line 3 in f']
+    assert stack == [
+        "Fatal Python error: Segmentation fault",
+        '  File "app.py", line 3 in f',
+        "its last line on standard error: free(): invalid pointer",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +270,29 @@ def test_a_dead_worker_is_told_on_one_line_and_its_stack_below() -> None:
         (
             {"exitcode": -9, "reason": "killed: call over 5 s"},
             "a worker of pool 'db' died from SIGKILL; killed: call over 5 s",
+        ),
+        (
+            {"exitcode": -9, "oom_killed": True},
+            "a worker of pool 'db' died from SIGKILL; not killed by this pool: most likely by the "
+            "kernel, for want of memory (its out-of-memory killer has struck in the pool's control "
+            "group)",
+        ),
+        (
+            {"exitcode": -9, "oom_killed": False},
+            "a worker of pool 'db' died from SIGKILL; "
+            "not killed by this pool, nor by the kernel's out-of-memory killer",
+        ),
+        (
+            {"exitcode": -9, "reason": "killed: call over 5 s", "oom_killed": False},
+            "a worker of pool 'db' died from SIGKILL; killed: call over 5 s",
+        ),
+        ({"calls": 1}, "a worker of pool 'db' died after 1 call"),
+        ({"calls": 0, "age": 1.0}, "a worker of pool 'db' died after 1.0 s and 0 calls"),
+        ({"stderr": ""}, "a worker of pool 'db' died"),
+        ({"stderr": "\n\n"}, "a worker of pool 'db' died"),
+        (
+            {"stderr": "a\n  b\n"},
+            "a worker of pool 'db' died\nits last line on standard error:   b",
         ),
         ({"age": 0.0123}, "a worker of pool 'db' died after 12 ms"),
         ({"age": 59.94}, "a worker of pool 'db' died after 59.9 s"),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from whitepool_mp.lease import Lease
     from whitepool_mp.pool import Pool
     from whitepool_mp.session import Session
-    from whitepool_mp.status import Status, WorkerInfo
+    from whitepool_mp.status import Status, WorkerInfo, WorkerStack
     from whitepool_mp.worker.context import WorkerContext, current_worker
 
 __version__ = "0.1.0"
@@ -69,6 +69,7 @@ _HOMES = {
     "WorkerContext": "worker.context",
     "WorkerDied": "errors",
     "WorkerInfo": "status",
+    "WorkerStack": "status",
     "current_worker": "worker.context",
 }
 
@@ -97,6 +98,7 @@ __all__ = [
     "WorkerContext",
     "WorkerDied",
     "WorkerInfo",
+    "WorkerStack",
     "current_worker",
 ]
 

@@ -30,7 +30,14 @@ from whitepool_mp.errors import (
 )
 from whitepool_mp.jobs import MapJob, Ordering, progress_bar
 from whitepool_mp.session import INSTANT, Session, caller_site
-from whitepool_mp.status import Status, WorkerInfo, check_sizes, make_status, statistics
+from whitepool_mp.status import (
+    Status,
+    WorkerInfo,
+    WorkerStack,
+    check_sizes,
+    make_status,
+    statistics,
+)
 from whitepool_mp.wire import frames, payload
 
 if TYPE_CHECKING:
@@ -305,6 +312,11 @@ class AsyncSession:
         """A record of each worker, with what psutil measures now."""
         self._driver()
         return [WorkerInfo(**row) for row in await self._ask(frames.WORKERS)]
+
+    async def stacks(self) -> list[WorkerStack]:
+        """What every worker is doing now; as `Session.stacks`."""
+        self._driver()
+        return [WorkerStack(**row) for row in await self._ask(frames.STACKS)]
 
     async def print_statistics(self, file: TextIO | None = None) -> None:
         """Print the counts, one line for the pool and one for each worker."""

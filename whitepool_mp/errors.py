@@ -222,11 +222,20 @@ class WorkerDied(WhitepoolError):
         slot: the worker's place in the pool, which its replacement takes.
         exitcode: its exit code; ``-n`` when signal n ended it.
         age: how long it lived, in seconds.
-        rss: its resident memory when it was last looked at, in bytes.
+        calls: how many calls it had begun, the one it was running included.
+        rss: its resident memory when it was last looked at, in bytes: when its factory had
+            returned, and after each call that took more than 1.5 ms.
         peak_rss: the highest that it ever was, in bytes.
-        running: what it was running, such as ``"crunch(1000000)"``.
+        running: what it was running, such as ``"crunch"``.
         started: whether the call had begun.
         stack: its Python stack at a fatal signal.
+        stderr: the last lines (at most 20, and 4 KiB) that it and its children wrote to standard
+            error; None if they wrote nothing.
+        oom_killed: after a SIGKILL that this pool did not send: whether the kernel's out-of-memory
+            killer has struck in the control group of the pool's processes since a worker last died.
+            (The kernel counts its kills there, and does not say whom it killed: True means most
+            likely this worker. It goes by the group that the pool was started in.) None: it was
+            another end, or the kernel does not tell.
         reason: who ended it and why, when it was this pool.
     """
 
@@ -238,11 +247,14 @@ class WorkerDied(WhitepoolError):
         slot: int | None = None,
         exitcode: int | None = None,
         age: float | None = None,
+        calls: int | None = None,
         rss: int | None = None,
         peak_rss: int | None = None,
         running: str | None = None,
         started: bool = False,
         stack: str | None = None,
+        stderr: str | None = None,
+        oom_killed: bool | None = None,
         reason: str | None = None,
     ) -> None:
         super().__init__()
@@ -251,11 +263,14 @@ class WorkerDied(WhitepoolError):
         self.slot = slot
         self.exitcode = exitcode
         self.age = age
+        self.calls = calls
         self.rss = rss
         self.peak_rss = peak_rss
         self.running = running
         self.started = started
         self.stack = stack
+        self.stderr = stderr
+        self.oom_killed = oom_killed
         self.reason = reason
 
     @property
@@ -279,6 +294,9 @@ class WorkerDied(WhitepoolError):
         parts.append(self._death())
         if self.age is not None:
             parts.append(f"after {_duration(self.age)}")
+        if self.calls is not None:
+            calls = "1 call" if self.calls == 1 else f"{self.calls} calls"
+            parts.append(f"{'after' if self.age is None else 'and'} {calls}")
         if self.running is not None:
             when = "while running" if self.started else "before it began"
             parts.append(f"{when} {_one_line(self.running)}")
@@ -293,9 +311,14 @@ class WorkerDied(WhitepoolError):
         if self.reason is not None:
             clauses.append(_one_line(self.reason))
         elif self.signal == "SIGKILL":
-            clauses.append("not killed by this pool: perhaps the system ran out of memory")
-        message = "; ".join(clauses)
-        return f"{message}\n{self.stack.rstrip()}" if self.stack else message
+            clauses.append(f"not killed by this pool{_KILLERS[self.oom_killed]}")
+        lines = ["; ".join(clauses)]
+        if self.stack:
+            lines.append(self.stack.rstrip())
+        said = (self.stderr or "").rstrip().rpartition("\n")[2]
+        if said:
+            lines.append(f"its last line on standard error: {said}")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         told = (f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
@@ -322,6 +345,16 @@ class ProtocolError(WhitepoolError):
 
     Both ends run different versions of this package, or something else wrote to the socket.
     """
+
+
+_KILLERS = {
+    None: ": perhaps the system ran out of memory",
+    True: (
+        ": most likely by the kernel, for want of memory (its out-of-memory killer has struck in "
+        "the pool's control group)"
+    ),
+    False: ", nor by the kernel's out-of-memory killer",
+}
 
 
 def _duration(seconds: float) -> str:

@@ -25,7 +25,14 @@ from whitepool_mp.errors import (
     ShutdownTimeout,
 )
 from whitepool_mp.lease import Lease, broken_off
-from whitepool_mp.status import Status, WorkerInfo, check_sizes, make_status, statistics
+from whitepool_mp.status import (
+    Status,
+    WorkerInfo,
+    WorkerStack,
+    check_sizes,
+    make_status,
+    statistics,
+)
 from whitepool_mp.wire import frames, messages, payload
 
 if TYPE_CHECKING:
@@ -413,6 +420,24 @@ class Session:
             CallTimeout: its manager does not answer (it is stopped).
         """
         return [WorkerInfo(**row) for row in self._ask(frames.WORKERS)]
+
+    def stacks(self) -> list[WorkerStack]:
+        """What every worker is doing now: the Python stacks of its threads, busy or not.
+
+        Each worker is sent a signal, and writes its stack in the handler, also while C code runs
+        that holds the interpreter's lock. A system call that it interrupts goes on afterwards; but
+        those that the kernel never restarts (sleep, poll, select) return early in C code that does
+        not expect signals. Python's own functions do.
+
+        Returns:
+            A record for each worker, in no more than about a second: one that is stopped, or is
+            just being started, is told as such.
+
+        Raises:
+            PoolClosed, ManagerDied: the pool is gone.
+            CallTimeout: its manager does not answer (it is stopped).
+        """
+        return [WorkerStack(**row) for row in self._ask(frames.STACKS)]
 
     def print_statistics(self, file: TextIO | None = None) -> None:
         """Print the counts, one line for the pool and one for each worker.

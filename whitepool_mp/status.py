@@ -86,6 +86,28 @@ class WorkerInfo:
     site: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerStack:
+    """What one worker was doing at one moment.
+
+    Attributes:
+        pid: process id, None before it has one.
+        slot: its slot.
+        state: "booting", "idle", "leased", "retiring" or "killed"; "stopped" if the process is
+            (SIGSTOP, a debugger), whatever else it is.
+        answered: whether it told its stack.
+        stack: the Python stack of each of its threads, most recent call first, as faulthandler
+            writes it, without the frames that every worker has; if it did not answer, why, in
+            parentheses.
+    """
+
+    pid: int | None
+    slot: int
+    state: str
+    answered: bool
+    stack: str
+
+
 def make_status(name: str, answer: dict[str, Any]) -> Status:
     """A `Status` from the manager's answer."""
     answer["available"] = answer.pop("idle")

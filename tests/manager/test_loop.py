@@ -97,6 +97,19 @@ class Crew:
     def hand(self, worker: int) -> Hand | None:
         return self.hands.get(worker)
 
+    def ask_stacks(self, rows: dict[int, Any], done: Callable[[list[Any]], None]) -> None:
+        done([row | {"answered": True, "stack": f"stack {worker}"} for worker, row in rows.items()])
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def tick(self, now: float) -> None:
+        pass
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {"scripted": 1}
+
     def recall(self, worker: int, lease: int, patient: bool) -> bool:
         self.recalled.append((worker, lease))
         return self.hands[worker].page.busy()
@@ -703,7 +716,7 @@ def test_a_client_with_a_wrong_key_is_denied_and_hung_up_on(make: Callable[..., 
     "data",
     [
         frames.request(0, 1),
-        frames.request(15, 1),
+        frames.request(63, 1),
         frames.request(frames.GRANT, 1),
         frames.request(255, 1),
         frames.frame(b"\x02"),
@@ -712,7 +725,7 @@ def test_a_client_with_a_wrong_key_is_denied_and_hung_up_on(make: Callable[..., 
         b"\x00\x00\x00\x00",
         b"GET / HTTP/1.1\r\n\r\n",
     ],
-    ids=["0", "15", "GRANT", "255", "short", "no worker", "long", "empty", "HTTP"],
+    ids=["0", "63", "GRANT", "255", "short", "no worker", "long", "empty", "HTTP"],
 )
 def test_nonsense_closes_that_connection_only(make: Callable[..., Bench], data: bytes) -> None:
     bench = make(pool_size=2).start()

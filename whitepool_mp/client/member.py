@@ -368,10 +368,14 @@ def worker_died(
         slot=slot,
         exitcode=told.get("exitcode"),
         age=told.get("age"),
+        calls=told.get("calls"),
+        rss=told.get("rss"),
         peak_rss=told.get("peak_rss"),
         running=running,
         started=started,
         stack=told.get("stack"),
+        stderr=told.get("stderr"),
+        oom_killed=told.get("oom_killed"),
         reason=told.get("reason"),
     )
 

@@ -93,6 +93,13 @@ class Workers(Protocol):
     def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
     def hand(self, worker: int) -> Any: ...
     def resume(self, worker: int) -> None: ...
+    def ask_stacks(
+        self, rows: dict[int, dict[str, Any]], done: Callable[[list[dict[str, Any]]], None]
+    ) -> None: ...
+    def next_deadline(self) -> float | None: ...
+    def tick(self, now: float) -> None: ...
+    @property
+    def counters(self) -> dict[str, int]: ...
 
 
 class Manager:
@@ -132,6 +139,7 @@ class Manager:
             frames.WHY: self._on_why,
             frames.STATUS: self._on_status,
             frames.WORKERS: self._on_workers,
+            frames.STACKS: self._on_stacks,
             frames.RESIZE: self._on_resize,
             frames.DRAIN: self._on_drain,
             frames.TERMINATE: self._on_terminate,
@@ -196,13 +204,15 @@ class Manager:
         if self._reunion is not None and now >= self._reunion.until:
             self._reunited()
         self._door.tick(now)
+        self._crew.tick(now)
         return ready
 
     def _timeout(self) -> float | None:
-        deadlines = [self._broker.next_deadline(), self._door.next_deadline()]
+        parts: tuple[Any, ...] = (self._broker, self._door, self._crew)
+        waits = [part.next_deadline() for part in parts]
         if self._reunion is not None:
-            deadlines.append(self._reunion.until)
-        due = min((when for when in deadlines if when is not None), default=None)
+            waits.append(self._reunion.until)
+        due = min((when for when in waits if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
     def apply(self, event: Event) -> None:
@@ -398,7 +408,12 @@ class Manager:
             "draining": status.draining,
             "failing": status.failing,
             "last_failure": status.last_failure,
-            "counters": {**status.counters, **self._door.counters, **self._succession()},
+            "counters": {
+                **status.counters,
+                **self._door.counters,
+                **self._crew.counters,
+                **self._succession(),
+            },
         }
         self._door.send(client, frames.reply(frames.read_request(body), value))
 
@@ -413,6 +428,19 @@ class Manager:
                 holder = self._door.clients.get(worker.client) if worker.client else None
                 rows.append(describe(worker, hand, holder, self._sites.get(worker.id, ""), now))
         self._door.send(client, frames.reply(frames.read_request(body), rows))
+
+    def _on_stacks(self, client: Client, body: bytes) -> None:
+        number = frames.read_request(body)
+        rows = {}
+        for worker in self._broker.workers():
+            hand = self._crew.hand(worker.id)
+            if hand is not None:
+                idle = worker.kept and not hand.page.busy()
+                state = "idle" if idle else worker.state.value
+                rows[worker.id] = {"pid": hand.pid, "slot": worker.slot, "state": state}
+        self._crew.ask_stacks(
+            rows, lambda told: self._door.send(client, frames.reply(number, told))
+        )
 
     def _on_resize(self, client: Client, body: bytes) -> None:
         number, pool_size, max_overflow = frames.read_resize(body)

@@ -25,11 +25,13 @@ from collections import deque
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager import kin
 from whitepool_mp.manager.loop import READ, WRITE, Loop
-from whitepool_mp.manager.obituary import Obituary, is_exiting, read_stack
+from whitepool_mp.manager.obituary import Obituary, OomKills, is_exiting, read_stack
+from whitepool_mp.manager.relay import Relay, last_lines
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import descriptors, frames, pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.kit import Kit
 from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -60,13 +62,18 @@ class Listener(Protocol):
 
 
 class Hand:
-    """One worker process, from the order to start it until it is reaped."""
+    """One worker process, from the order to start it until it is reaped.
+
+    Attributes:
+        stderr, stacks: the read ends of its pipes, None if there are none.
+    """
 
     __slots__ = (
         "born",
         "channels",
         "control",
         "decoder",
+        "dump",
         "inherited",
         "kill_reason",
         "page",
@@ -74,11 +81,24 @@ class Hand:
         "pid",
         "pidfd",
         "process",
+        "said",
         "slot",
+        "stacks",
+        "stderr",
+        "unfinished",
         "worker",
     )
 
-    def __init__(self, worker: int, slot: int, control: Socket, page_fd: int, born: float):
+    def __init__(
+        self,
+        worker: int,
+        slot: int,
+        control: Socket,
+        page_fd: int,
+        born: float,
+        stderr: int | None = None,
+        stacks: int | None = None,
+    ):
         self.page = pages.Page(page_fd, pages.NUMBERS)
         self.page_fd = page_fd
         self.worker = worker
@@ -92,6 +112,11 @@ class Hand:
         self.pidfd = -1  # of one that was inherited
         self.kill_reason: str | None = None
         self.process: Any = None  # psutil.Process, made when it is first asked about
+        self.stderr = stderr
+        self.said = b""  # the last of it
+        self.unfinished = b""  # of a line that came in parts
+        self.stacks = stacks
+        self.dump: bytearray | None = None  # what has come of a stack that was asked for
 
     def close(self) -> None:
         """Let go of the page."""
@@ -113,8 +138,7 @@ class Crew:
         escrow: where copies of the descriptors are kept for the next manager.
         start_timeout: how long a worker may take to be born and ready, in seconds.
         nursery: the first nursery, already forked: its pid and this process's end to it.
-        first: of a worker that is on its way already: the page, this process's end, and the pid if
-            it is born.
+        first: of a worker that is on its way already: what it was given, and the pid if it is born.
         follows: whether there was a manager before this one, which may have left processes that are
             not this one's children.
     """
@@ -129,7 +153,7 @@ class Crew:
         escrow: Escrow,
         start_timeout: float,
         nursery: tuple[int, Socket],
-        first: tuple[int, Socket, int | None] | None,
+        first: tuple[Kit, int | None] | None,
         follows: bool = False,
     ) -> None:
         self._boot = boot
@@ -146,7 +170,10 @@ class Crew:
         self._nursery_word = ""
         self._first = first
         self._unborn: dict[int, Hand] = {}
-        self._orders: deque[tuple[int, int, Socket, int]] = deque()
+        self._orders: deque[tuple[int, int, Kit]] = deque()
+        self.relay = Relay(loop, clock)
+        self._oom = OomKills(clock)
+        self._stacks: Any = None  # a `Stacks`, made when it is first wanted
         self._sweep_due = False
         self._follows = follows
         # Open from the start: there may be no descriptor to spare when it is wanted.
@@ -169,26 +196,26 @@ class Crew:
             None, or why there cannot be one now (no descriptors or no processes left).
         """
         first, self._first = self._first, None
-        theirs = pid = None
-        page = -1
+        kit = pid = None
         try:
             if first is not None and (worker, slot) == nurseries.FIRST:
-                page, ours, pid = first  # it is on its way
+                kit, pid = first  # it is on its way
             else:
                 if self._nursery is None:
                     forked = nurseries.fork(self._boot, self._lifeline, self._escrow)
                     self._take_nursery(*forked)
-                page, ours, theirs = nurseries.furnish()
-                self._escrow.park(worker, (ours.fileno(), page))
-            ours.setblocking(False)
-            hand = Hand(worker, slot, ours, page, self._clock())
+                kit = Kit()
+                self._escrow.park(worker, kit.kept())
+            kit.control.setblocking(False)
+            hand = Hand(worker, slot, kit.control, kit.page, self._clock(), kit.stderr, kit.stacks)
         except OSError as error:
-            if page >= 0:
-                os.close(page)
+            if kit is not None:
+                kit.close()
             return f"the manager cannot start a worker: {type(error).__name__}: {error}"
         self._hands[worker] = self._unborn[worker] = hand
-        if theirs is not None:
-            self._orders.append((worker, slot, theirs, page))
+        self.relay.add(hand)
+        if kit.given:
+            self._orders.append((worker, slot, kit))
             self._send_orders()
         elif pid is not None:
             self._born(hand, pid)
@@ -265,6 +292,53 @@ class Crew:
         self._tell(hand, frames.recall(lease, patient))
         return busy
 
+    # --- what they say of themselves ------------------------------------------------------
+
+    def ask_stacks(
+        self, rows: dict[int, dict[str, Any]], done: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
+        """Ask workers for their stacks.
+
+        Args:
+            rows: what else is to be told of each, by worker.
+            done: gets these with the stacks, in a second at the latest; see `manager.stacks`.
+        """
+        if self._stacks is None:
+            from whitepool_mp.manager.stacks import Stacks
+
+            self._stacks = Stacks(self._clock)
+        hands = self._hands
+        self._stacks.ask([(row, hands[each]) for each, row in rows.items() if each in hands], done)
+
+    def _heard_stack(self, hand: Hand, _: int) -> None:
+        assert hand.stacks is not None
+        try:
+            data = os.read(hand.stacks, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:  # it has closed its end
+            self._loop.remove(hand.stacks)
+        elif self._stacks is not None:  # otherwise somebody else sent the signal
+            self._stacks.heard(hand, data)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        stacks = None if self._stacks is None else self._stacks.next_deadline()
+        relay = self.relay.next_deadline()
+        return min((when for when in (stacks, relay) if when is not None), default=None)
+
+    def tick(self, now: float) -> None:
+        """Stop waiting for stacks that do not come, and for a reader of standard error who takes
+        nothing."""
+        self.relay.tick(now)
+        if self._stacks is not None:
+            self._stacks.tick(now)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened so far, by name."""
+        return {"stderr_bytes_dropped": self.relay.dropped}
+
     # --- deaths ---------------------------------------------------------------------------
 
     def reap(self) -> None:
@@ -296,15 +370,27 @@ class Crew:
         # Not reaped yet, so neither the pid nor the group can be anybody else's.
         _kill_group(pid)
         self._hear(hand)
+        oom_killed = self._oom.look() if self._oom.covers(pid) else None
         _, status, usage = os.wait4(pid, 0)
         del self._by_pid[pid]
         self._sweep_due = True
-        self._bury(hand, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+        exitcode = os.waitstatus_to_exitcode(status)
+        if exitcode != -signal.SIGKILL or hand.kill_reason is not None:
+            oom_killed = None
+        self._bury(hand, exitcode, usage.ru_maxrss * 1024, oom_killed=oom_killed)
 
-    def _bury(self, hand: Hand, exitcode: int | None, peak: int | None, why: str = "") -> None:
+    def _bury(
+        self,
+        hand: Hand,
+        exitcode: int | None,
+        peak: int | None,
+        why: str = "",
+        oom_killed: bool | None = None,
+    ) -> None:
         self._hands.pop(hand.worker, None)
         self._unborn.pop(hand.worker, None)
         self._escrow.drop(hand.worker)
+        self.relay.end(hand)
         obituary = Obituary(
             pid=hand.pid,
             slot=hand.slot,
@@ -314,8 +400,17 @@ class Crew:
             calls=hand.page.calls,
             stack=read_stack(hand.page_fd),
             reason=why or (hand.kill_reason if exitcode in (None, -signal.SIGKILL) else None),
+            rss=hand.page.rss,
+            stderr=last_lines(hand.said),
+            oom_killed=oom_killed,
         )
         self._drop_control(hand)
+        if hand.stacks is not None:
+            self._loop.remove(hand.stacks)
+            os.close(hand.stacks)
+            hand.stacks = None
+        if self._stacks is not None:
+            self._stacks.ended(hand)
         hand.close()
         self._listener.worker_exited(hand.worker, obituary)
 
@@ -341,17 +436,27 @@ class Crew:
 
     # --- those of another manager ---------------------------------------------------------
 
-    def take_over(self, process: Process, control_fd: int, page_fd: int) -> None:
+    def take_over(
+        self,
+        process: Process,
+        control_fd: int,
+        page_fd: int,
+        stderr: int | None = None,
+        stacks: int | None = None,
+    ) -> None:
         """Have charge of a worker that another manager started; `resume` will look after it.
 
         Args:
             process: what is known of it.
-            control_fd, page_fd: this process's copies; owned from here on.
+            control_fd, page_fd, stderr, stacks: this process's copies; owned from here on.
 
         Raises:
             OSError: no descriptor or no memory is left.
         """
-        hand = Hand(process.worker, process.slot, Socket(fileno=control_fd), page_fd, process.born)
+        control = Socket(fileno=control_fd)
+        control.setblocking(False)
+        worker, slot = process.worker, process.slot
+        hand = Hand(worker, slot, control, page_fd, process.born, stderr, stacks)
         hand.inherited = True
         hand.channels = hand.page.words[pages.CHANNELS]
         self._hands[hand.worker] = self._unborn[hand.worker] = hand
@@ -381,6 +486,10 @@ class Crew:
         if hand.control.fileno() >= 0:
             self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
             self._hear(hand)
+        if worker in self._hands:
+            self.relay.add(hand)
+            if hand.stacks is not None:
+                self._loop.add(hand.stacks, functools.partial(self._heard_stack, hand))
 
     def _identify(self, hand: Hand, pid: int, created: int) -> None:
         """The process of a worker that was taken over is found out, or that it has ended."""
@@ -433,7 +542,7 @@ class Crew:
             except OSError:
                 break  # it is gone; its end-of-file, read in a moment, says so to all who wait
             self._orders.popleft()
-            order[2].close()
+            order[2].give()
         self._loop.change(nursery.fileno(), READ)
 
     def _hear_nursery(self, events: int) -> None:
@@ -482,6 +591,8 @@ class Crew:
         self._listener.worker_born(hand.worker, pid)
         # Not listened to before: a quick worker's READY can overtake the news of its birth.
         self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
+        if hand.stacks is not None:
+            self._loop.add(hand.stacks, functools.partial(self._heard_stack, hand))
         if hand.kill_reason is not None:
             _kill(hand)
 
@@ -491,7 +602,7 @@ class Crew:
         self._nursery.close()
         self._nursery = None
         while self._orders:
-            self._orders.popleft()[2].close()
+            self._orders.popleft()[2].give()
         told = self._nursery_word
         for hand in list(self._unborn.values()):
             if hand.inherited:

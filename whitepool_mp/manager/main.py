@@ -6,8 +6,10 @@ nursery is the smaller for it, and both import at once), and serves until the po
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
+import sys
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import ledger as ledgers
@@ -40,7 +42,11 @@ def main(
     # Whatever the thread that made the pool had blocked: deaths are told by signals here.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     boot = boots.read(boot_fd)
-    for fd in (boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd):
+    given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd]
+    if min(given) <= 2 or None in (sys.stdin, sys.stdout, sys.stderr):
+        given = _stand_clear(*given)
+        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd = given
+    for fd in given:
         os.set_inheritable(fd, False)
     code = 1
     try:
@@ -69,6 +75,19 @@ def main(
 
             traceback.print_exc()
         os._exit(code)
+
+
+def _stand_clear(*fds: int) -> list[int]:
+    """The owner had closed its standard input, output or error, and something of ours may have got
+    that number: move it away, or what workers print would go there."""
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) if fd <= 2 else fd for fd in fds]
+    for fd in fds:
+        if fd <= 2:
+            os.close(fd)
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    return moved
 
 
 def _stand_apart() -> None:

@@ -28,6 +28,7 @@ from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import Escrow
+from whitepool_mp.wire.kit import Kit
 from whitepool_mp.wire.ledger import Ledger
 from whitepool_mp.worker import nursery as nurseries
 
@@ -49,7 +50,7 @@ def serve(
     owner: int,
     lifeline: int,
     nursery: tuple[int, Socket],
-    first: tuple[int, Socket, int | None] | None,
+    first: tuple[Kit, int | None] | None,
     ledger: Ledger,
     escrow: Escrow,
 ) -> None:
@@ -101,6 +102,8 @@ def serve(
         loop.turn(deadline - now)  # SIGCHLD: somebody ended, and was reaped
         left = crew.end_nursery()
     crew.kill_rest()
+    while (until := crew.relay.flush_until(deadline)) is not None:
+        loop.turn(until - time.monotonic())  # what workers wrote is still on its way out
     books.finished()
     nurseries.remove(boot.folder)
     manager.answer_drainers()
@@ -115,7 +118,7 @@ def _take_over(books: Books, escrow: Escrow, manager: Manager, crew: Crew, door:
     for process in past.processes:
         fds = parked.pop(process.worker, [])
         why = ""
-        if len(fds) == 2:
+        if len(fds) in (2, 4):
             try:
                 crew.take_over(process, *fds)
                 continue
@@ -169,4 +172,5 @@ def _warm_up() -> None:
     with contextlib.suppress(OSError, ImportError):  # there is none now
         import json  # noqa: F401
 
-        import whitepool_mp.manager.census  # noqa: F401
+        import whitepool_mp.manager.census
+        import whitepool_mp.manager.stacks  # noqa: F401

@@ -51,6 +51,7 @@ DRAIN = 11
 TERMINATE = 12
 REJOINED = 13
 PING = 14
+STACKS = 15
 # Manager to client.
 CHALLENGE = 64
 WELCOME = 65
@@ -249,7 +250,8 @@ def read_checkout(body: bytes) -> Checkout:
 
 
 def request(kind: int, number: int) -> bytes:
-    """A request without fields: CANCEL, STATUS, WORKERS, DRAIN, TERMINATE, PING; or REJOINED."""
+    """A request without fields: CANCEL, STATUS, WORKERS, STACKS, DRAIN, TERMINATE, PING; or
+    REJOINED."""
     return frame(_REQUEST.pack(kind, number))
 
 
@@ -369,7 +371,7 @@ def draining() -> bytes:
 
 
 def reply(number: int, value: Any) -> bytes:
-    """Answer to WHY, STATUS, WORKERS, RESIZE, DRAIN and TERMINATE, as JSON."""
+    """Answer to WHY, STATUS, WORKERS, STACKS, RESIZE, DRAIN and TERMINATE, as JSON."""
     import json
 
     return frame(_REQUEST.pack(REPLY, number) + json.dumps(value).encode())

@@ -52,6 +52,10 @@ INTEGERS = 2
 FLOATS = 3
 MARK = 11
 """If they are numbers: what lies behind the last of them."""
+RSS = 12
+"""The worker's resident memory in bytes, when it was ready and after each call that took long."""
+THREAD = 13
+"""By what number the worker's main thread is known in a stack, once it can be asked for one."""
 PID = 14
 """The worker's process id, once it lives."""
 READY = 15
@@ -68,6 +72,12 @@ client with a lease that ended so long ago could mistake for its own.)"""
 _FIRST_SLOT = 32
 """Where they begin. A place is two numbers: calls with tokens above the first of them, up to the
 second, were taken back, and the worker refuses them."""
+
+STACKS_NOW = 59
+"""At this signal a worker writes its stack into a pipe, whatever it is doing. It is SIGRTMAX - 5,
+which is hardly anybody's, and so is the next one."""
+STACKS_SOON = 60
+"""At this one it does so between two steps of Python code."""
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
@@ -130,6 +140,11 @@ class Page:
     def calls(self) -> int:
         """How many calls were begun."""
         return self.words[CALLS]
+
+    @property
+    def rss(self) -> int | None:
+        """The worker's resident memory when it was last looked at, in bytes."""
+        return self.words[RSS] or None
 
     def recall(self, lease: int) -> bool:
         """Take a lease back: no call under it begins from now on.

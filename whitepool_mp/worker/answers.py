@@ -12,10 +12,12 @@ import time
 from whitepool_mp.wire import messages, pages
 from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import MessageReader
-from whitepool_mp.wire.pages import ENDED, OWNER, SENDINGS, UNSENT, Page
+from whitepool_mp.wire.pages import ENDED, OWNER, RSS, SENDINGS, UNSENT, Page
+from whitepool_mp.worker import linux
 
 SHORT = 1_500_000
-"""Nanoseconds. The answer of a call that took this long is sent at once."""
+"""Nanoseconds. The answer of a call that took this long is sent at once; of one that took longer it
+is known, and the process's memory is measured before."""
 _HELD_BACK = 2_000_000
 """Nanoseconds. For how long short calls go on before their answers are sent."""
 _TAIL = 1024
@@ -51,6 +53,11 @@ class Answers:
         self._fence = 0  # the newest lease
         self._calls = 0  # how many have begun
 
+    def measure(self) -> None:
+        """Note how much memory this process has now, for whoever will ask after its death."""
+        if size := linux.resident():
+            self._words[RSS] = size
+
     def _answer_in_pieces(
         self, channel: Channel, pieces: list[bytes | memoryview], took: int = SHORT
     ) -> None:
@@ -61,6 +68,8 @@ class Answers:
         if self._copied:
             os._exit(1)
         self._send_unsent(channel)
+        if took > SHORT:
+            self.measure()
         last = memoryview(pieces[-1]).cast("B")
         messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
         self._transmit(channel, last[-_TAIL:])
@@ -73,9 +82,20 @@ class Answers:
         """
         if self._copied:
             os._exit(1)  # its parent answers
-        if took < SHORT and (self._more or channel.reader.more) and self._put(data):
+        if took >= SHORT:
+            self._answer_long(channel, data, took)
+            return
+        if (self._more or channel.reader.more) and self._put(data):
             self._words[ENDED] = self._calls
             return
+        if self._unsent:
+            self._send_unsent(channel)
+        self._transmit(channel, data)
+
+    def _answer_long(self, channel: Channel, data: bytes | memoryview, took: int) -> None:
+        """Send the answer of a call that took long, or of which that is not known (`SHORT`)."""
+        if took > SHORT:
+            self.measure()
         if self._unsent:
             self._send_unsent(channel)
         self._transmit(channel, data)

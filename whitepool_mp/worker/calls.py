@@ -169,7 +169,8 @@ class Calls(Answers):
                 self._kept[key] = value
             data, _ = payload.dumps((key, type(value).__qualname__))
             flags, buffers = messages.REFERENCE, []
-        self._answer_in_pieces(channel, messages.pack(RESULT, flags, number, took, data, buffers))
+        answer = messages.pack(RESULT, flags, number, took, data, buffers)
+        self._answer_in_pieces(channel, answer, max(took, SHORT))
 
     def _batch(self, channel: Channel, message: Message) -> None:
         function_pickle, items = messages.read_batch(message.payload)
@@ -259,6 +260,8 @@ class Calls(Answers):
                 self._flush(channel, bulk, number + at)
             if took > claimed * _TINY + _STARTING:
                 group = 1
+                if took > SHORT:
+                    self.measure()
             elif took < _GROUP // 2:
                 group = min(group * 2, LARGEST_GROUP)
         self._flush(channel, bulk, number + at, ended=True)
@@ -298,7 +301,8 @@ class Calls(Answers):
         data = payload.dump_failure(error, text)
         took = _clock() - started
         error.__traceback__ = None
-        self._answer_in_pieces(channel, messages.pack(messages.ERROR, step, number, took, data))
+        answer = messages.pack(messages.ERROR, step, number, took, data)
+        self._answer_in_pieces(channel, answer, max(took, SHORT))
 
 
 def _plain(pickled: memoryview) -> Sequence[Any]:

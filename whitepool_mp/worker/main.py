@@ -10,11 +10,13 @@ reads its exit status; `faulthandler` has by then written the Python stack besid
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import os
 import resource as limits
 import sys
+from _thread import get_ident
 
 from whitepool_mp.wire import frames, pages, payload
 from whitepool_mp.wire.boot import Boot
@@ -32,7 +34,15 @@ else:
     import _signal as signal  # as in `linux`
 
 
-def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> NoReturn:
+def run(
+    boot: Boot,
+    slot: int,
+    control_fd: int,
+    page_fd: int,
+    stderr_fd: int,
+    stacks_fd: int,
+    lifeline: int,
+) -> NoReturn:
     """Be a worker. Never returns: the process ends here, whatever happens.
 
     Args:
@@ -40,15 +50,19 @@ def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> 
         slot: this worker's slot.
         control_fd: the socket to the manager.
         page_fd: the memory file with the shared page; a crash report goes behind the page.
+        stderr_fd: the pipe that becomes this process's standard error, or -1.
+        stacks_fd: the pipe where its stack goes when the manager asks for it, or -1.
         lifeline: the read end of the manager's pipe.
     """
     code = 1
     try:
+        if stderr_fd >= 0:
+            _take_stderr(stderr_fd)
         os.setpgid(0, 0)
         _lifeline = linux.die_with(lifeline)
         linux.adopt_orphans()
         _prepare(boot, slot, page_fd)
-        code = _live(boot, control_fd, page_fd)
+        code = _live(boot, control_fd, page_fd, stacks_fd)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as request:
@@ -60,6 +74,43 @@ def run(boot: Boot, slot: int, control_fd: int, page_fd: int, lifeline: int) -> 
     finally:
         flush_output()
         os._exit(code & 0xFF)
+
+
+def _take_stderr(fd: int) -> None:
+    """Make a pipe this process's standard error.
+
+    Its other end is opened here, too, and stays open: should the manager be gone for a moment, what
+    is written waits in the pipe, and nobody is told that it is broken.
+    """
+    with contextlib.suppress(OSError):  # no descriptor is left
+        os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _show_stacks(fd: int) -> int:
+    """From now on write this process's stack into a pipe when one of two signals comes.
+
+    At the first one faulthandler does so in the signal's handler: also in C code, whoever holds the
+    interpreter's lock; a system call that it interrupts is restarted. But its handler leaves
+    another `errno` behind, which matters if code was just about to read it: so that signal is for
+    who is asleep, in the kernel, or in C code for long. At the second one Python code is run, as
+    at any signal; it is for who is awake.
+
+    A full pipe is not waited for, and a broken one (this end reads as well) breaks nothing.
+
+    Returns:
+        What says on the page that it does: by what the main thread is known in such a stack.
+    """
+    try:
+        both = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # no descriptor is left
+        return 0
+    os.close(fd)
+    faulthandler.register(pages.STACKS_NOW, file=both, all_threads=True, chain=False)
+    signal.signal(pages.STACKS_SOON, lambda *_: faulthandler.dump_traceback(both, True))
+    signal.siginterrupt(pages.STACKS_SOON, False)
+    return get_ident()
 
 
 def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
@@ -87,12 +138,14 @@ def boot_soft_limit(hard: int) -> int:
     return 1024 if hard == limits.RLIM_INFINITY else min(1024, hard)
 
 
-def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
+def _live(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int:
     control = Socket(fileno=control_fd)
     control.setblocking(True)
     page = pages.Page(page_fd)
     page.words[pages.PID] = os.getpid()  # also where news of the birth were lost with a manager
     page.order_me()
+    if stacks_fd >= 0:
+        page.words[pages.THREAD] = _show_stacks(stacks_fd)
     resource = None
     own = os.getpid()
     if boot.factory is not None:
@@ -107,6 +160,7 @@ def _live(boot: Boot, control_fd: int, page_fd: int) -> int:
     if os.getpid() != own:  # the factory forked, and its child came back as well
         return 0
     teardown = payload.loads(boot.teardown) if boot.teardown is not None else None
+    page.words[pages.RSS] = linux.resident()
     if not _say(control, frames.plain(frames.READY)):
         return 0
     page.words[pages.READY] = 1  # after it was said: a manager that lost the message knows it now
@@ -139,13 +193,14 @@ def _beyond(error: BaseException) -> TracebackType | None:
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace
 
 
-def main(boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) -> NoReturn:
+def main(boot_fd: int, slot: int, *fds: int) -> NoReturn:
     """Be a worker in a fresh interpreter (`start_method="loky"`)."""
     from whitepool_mp.wire import boot as boots
 
     gc.enable()
     boot = boots.read(boot_fd)
     os.close(boot_fd)
-    for fd in (control_fd, page_fd):  # they came through an exec, and are to go no further
-        os.set_inheritable(fd, False)
-    run(boot, slot, control_fd, page_fd, lifeline)
+    for fd in fds[:-1]:  # they came through an exec, and are to go no further
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    run(boot, slot, *fds)

@@ -27,10 +27,11 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors, pages
+from whitepool_mp.wire import descriptors
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
+from whitepool_mp.wire.kit import MOST, Kit, unpack
 from whitepool_mp.worker import linux
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -83,39 +84,23 @@ def fork(boot: Boot, lifeline: int, escrow: Escrow) -> tuple[int, Socket]:
     return pid, ours
 
 
-def furnish() -> tuple[int, Socket, Socket]:
-    """What a worker is given at its birth: a page, and a socket pair between it and the manager.
-
-    Raises:
-        OSError: there are no descriptors left.
-    """
-    page = os.memfd_create("whitepool-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(page, pages.SIZE)
-        linux.forbid_shrinking(page)
-        return page, *descriptors.pair()
-    except OSError:
-        os.close(page)
-        raise
-
-
-def order(nursery: Socket, worker: int, slot: int, control: Socket, page: int) -> None:
+def order(nursery: Socket, worker: int, slot: int, kit: Kit) -> None:
     """Have a nursery start a worker.
 
     Args:
         nursery: the manager's end to it.
         worker, slot: the worker's number and place.
-        control, page: its end of the socket pair, and its page; copies travel.
+        kit: what it is given; copies travel.
 
     Raises:
         OSError: as for `socket.socket.sendmsg`.
     """
-    descriptors.send(nursery, SPAWN.pack(SPAWN_KIND, worker, slot), [control.fileno(), page])
+    descriptors.send(nursery, SPAWN.pack(SPAWN_KIND, worker, slot), kit.order())
 
 
 def begin(
     boot: Boot, boot_fd: int, lifeline: int, escrow: Escrow
-) -> tuple[tuple[int, Socket], tuple[int, Socket, int | None] | None]:
+) -> tuple[tuple[int, Socket], tuple[Kit, int | None] | None]:
     """Fork the nursery, and have the `FIRST` worker started before there is a broker to say so.
 
     That of a nursery which only starts interpreters is started here, which saves two forks.
@@ -127,31 +112,30 @@ def begin(
         escrow: where the manager's ends of the sockets are kept as well.
 
     Returns:
-        As from `fork`; and the worker's page, the manager's end of the socket pair and, if it is
-        born already, its pid. None if there is no such worker: the broker will order it as any
-        other, and is told then what is wrong.
+        As from `fork`; and what the worker was given and, if it is born already, its pid. None if
+        there is no such worker: the broker will order it as any other, and is told then what is
+        wrong.
     """
     pid = None
     try:
-        page, ours, theirs = furnish()
+        kit = Kit()
     except OSError:
         return fork(boot, lifeline, escrow), None
-    with theirs:
-        try:
-            escrow.park(FIRST[0], (ours.fileno(), page))
-            if boot.start_method == "loky":
-                pid = _exec(boot, boot_fd, FIRST[1], theirs.fileno(), page, lifeline)
-            nursery = fork(boot, lifeline, escrow)
-            if pid is None:
-                order(nursery[1], *FIRST, theirs, page)
-        except Exception:
-            if pid is not None:
-                raise  # there is no nursery: this is the end of the pool
-            escrow.drop(FIRST[0])
-            ours.close()
-            os.close(page)
-            return fork(boot, lifeline, escrow), None
-    return nursery, (page, ours, pid)
+    try:
+        escrow.park(FIRST[0], kit.kept())
+        if boot.start_method == "loky":
+            pid = _exec(boot, boot_fd, FIRST[1], kit.order(), lifeline)
+        nursery = fork(boot, lifeline, escrow)
+        if pid is None:
+            order(nursery[1], *FIRST, kit)
+    except Exception:
+        if pid is not None:
+            raise  # there is no nursery: this is the end of the pool
+        escrow.drop(FIRST[0])
+        kit.close()
+        return fork(boot, lifeline, escrow), None
+    kit.give()
+    return nursery, (kit, pid)
 
 
 def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
@@ -221,7 +205,7 @@ class _Nursery:
                 self._warm_up()
                 warm = True
             try:
-                data, fds = descriptors.receive(self._sock, 64, 4)
+                data, fds = descriptors.receive(self._sock, 64, MOST)
             except ConnectionResetError:  # closed, with what was said from here unread
                 break
             if not data:
@@ -278,15 +262,16 @@ class _Nursery:
         gc.freeze()
 
     def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         try:
             middleman = os.fork()
         except OSError as error:
             self._unborn(worker, error)
         else:
             if middleman == 0:
-                self._middleman(worker, slot, *fds)
+                self._middleman(worker, slot, fds)
             if os.waitpid(middleman, 0)[1]:  # killed: if it said BORN before, this is ignored
                 self._unborn(worker, OSError("the process between the nursery and it was killed"))
         finally:
@@ -297,17 +282,17 @@ class _Nursery:
         text = f"{type(error).__name__}: {error}"
         self._sock.send(BORN.pack(UNBORN_KIND, worker, 0) + text.encode()[-MAX_TEXT:])
 
-    def _middleman(self, worker: int, slot: int, control_fd: int, page_fd: int) -> NoReturn:
+    def _middleman(self, worker: int, slot: int, fds: list[int]) -> NoReturn:
         try:
             if self._boot.start_method == "loky":
-                pid = _exec(self._boot, self._boot_fd, slot, control_fd, page_fd, self._lifeline)
+                pid = _exec(self._boot, self._boot_fd, slot, fds, self._lifeline)
             else:
                 pid = os.fork()
                 if pid == 0:
                     self._sock.close()
                     from whitepool_mp.worker import main as worker_main
 
-                    worker_main.run(self._boot, slot, control_fd, page_fd, self._lifeline)
+                    worker_main.run(self._boot, slot, *unpack(fds), self._lifeline)
             self._sock.send(BORN.pack(BORN_KIND, worker, pid))
         except OSError as error:
             self._unborn(worker, error)
@@ -329,12 +314,11 @@ class _Nursery:
         marked.kill(self._boot.pool_id)
 
 
-def _exec(boot: Boot, boot_fd: int, slot: int, control_fd: int, page_fd: int, lifeline: int) -> int:
+def _exec(boot: Boot, boot_fd: int, slot: int, fds: list[int], lifeline: int) -> int:
     """Start a fresh interpreter that is a worker; its pid."""
-    numbers = slot, control_fd, page_fd, lifeline
+    numbers = slot, *unpack(fds), lifeline
     command = boots.command(boot.interpreter, boot_fd, "whitepool_mp.worker.main", *numbers)
-    keep = boot_fd, control_fd, page_fd, lifeline
-    pid: int = _lokys_fork_exec()(command, keep, boot.env)
+    pid: int = _lokys_fork_exec()(command, (boot_fd, *fds, lifeline), boot.env)
     return pid
 
 
