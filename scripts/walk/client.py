@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from walk import jobs, payloads
+from walk import payloads
 from walk.ledger import Ledger
 from walk.payloads import Spec
 from whitepool_mp import Session
@@ -85,7 +85,3 @@ class Job:
         """Those of `jobs.job`."""
         content = payloads.make(self.given)
         return self.number, self.seconds, self.given, content, self.wanted, self.holder
-
-
-run = jobs.job
-"""The function of a job, for whoever has not checked a worker out."""
