@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from whitepool_mp import Session
 
 _LONG = 0.15
 """Seconds that a job takes which is to be late, or to be cancelled while it runs."""
+_CYCLE, _LULL = 4.0, 1.0
+"""Every so many seconds, clients pause for so many."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class Client:
     def luck(self, chance: float) -> bool:
         """True as often as that."""
         return self.rng.random() < chance
+
+    def lull(self) -> float:
+        """Seconds until clients go on: all of them pause together now and then, so that workers are
+        killed that are idle, or kept by a client that has nothing to do for them."""
+        return max(0.0, _LULL - time.monotonic() % _CYCLE)
+
+    def goes_on(self) -> bool:
+        """Wait for the end of a lull; whether the walk goes on."""
+        return not self.stop.wait(self.lull())
 
     def seconds(self) -> float:
         """How long a job takes."""
