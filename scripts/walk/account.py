@@ -147,8 +147,8 @@ class Account:
             more = ", ..." if len(numbers) > _SHOWN else ""
             lines.append(f"{what}: {len(numbers)} ({shown}{more})")
             first = self.jobs.get(numbers[0])
-            told = first.ends if first is not None and what.startswith("unfair") else []
-            lines += [f"  the first was told: {end}" for end in told]
+            if first is not None and what.startswith("unfair"):
+                lines += [f"  the first was told: {end}" for end in first.ends]
         opened = len(self.jobs)
         told = sum(bool(entry.ends) for entry in self.jobs.values())
         untold = sum(self.counts_of(UNTOLD))

@@ -31,7 +31,7 @@ from whitepool_mp import Pool, WhitepoolError
 _HERE = ("run", "submit", "map", "lease", "lease", "asyncio")
 """The clients of the walker's own process."""
 _PROCESSES = 2
-_GUARD_SECONDS = 200.0
+_GUARD_SECONDS = 250.0
 """How much longer than the walk everything may take, until all stacks are shown and that was it."""
 _SHUTDOWN_SECONDS = 60.0
 _MANAGER_DESCRIPTORS = 40
@@ -134,6 +134,7 @@ class Walk:
         self._begun = folder / "begun"
         self._begun.touch()
         self._mark = folder.name
+        self._ledger = Ledger(folder / "ledger-0", 0)  # to the end: who is stuck may yet write
         self._wrong: list[str] = []
         arrays = given.start_method == "forkserver" and find_spec("numpy") is not None
         os.environ.update(
@@ -176,21 +177,22 @@ class Walk:
             overflow_ttl=1.0,
         ).run_service()
         watch = Watch(session)
-        ledger = Ledger(self._folder / "ledger-0", 0)
         self._wrong += filter(None, [watch.whole()])
         descriptors = watch.descriptors()
-        party = Party(session, ledger, given.seed, _HERE, "walker")
+        party = Party(session, self._ledger, given.seed, _HERE, "walker")
         crowd = Crowd(session, self._folder, _PROCESSES, random.Random(given.seed))
         hand = Hand(session, crowd)
         steps = self._steps(hand, watch)
         hand.end()
-        self._wrong += crowd.end()
+        party.let_go()
+        crowd.let_go()
         stuck = party.end()
+        self._wrong += crowd.end()
         try:
             self._wrong += filter(None, [watch.whole()])
             status = session.status()
             more = watch.descriptors() - descriptors
-            session.safe_shutdown(timeout=_SHUTDOWN_SECONDS)
+            session.safe_shutdown(timeout=0.0 if stuck else _SHUTDOWN_SECONDS)
         except WhitepoolError as error:
             self._wrong.append(f"at the end: {type(error).__name__}: {error}")
             session.terminate()
@@ -198,7 +200,6 @@ class Walk:
             if more > _MANAGER_DESCRIPTORS:
                 self._wrong.append(f"the manager has {more} descriptors more than at first")
             print(f"workers started: {status.counters['spawned']}")
-        ledger.shut() if not stuck else None
         done = ", ".join(f"{what}: {count}" for what, count in sorted(hand.done.items()))
         print(f"seed {given.seed}, {given.seconds:g} s, {steps} steps: {done}")
         print(f"looked {watch.looks} times")

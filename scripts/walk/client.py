@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from walk import jobs, payloads
+from walk import payloads
 from walk.ledger import Ledger
 from walk.payloads import Spec
 from whitepool_mp import Session
 
 _LONG = 0.15
 """Seconds that a job takes which is to be late, or to be cancelled while it runs."""
+_CYCLE, _LULL = 4.0, 1.0
+"""Every so many seconds, clients pause for so many."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class Client:
     def luck(self, chance: float) -> bool:
         """True as often as that."""
         return self.rng.random() < chance
+
+    def lull(self) -> float:
+        """Seconds until clients go on: all of them pause together now and then, so that workers are
+        killed that are idle, or kept by a client that has nothing to do for them."""
+        return max(0.0, _LULL - time.monotonic() % _CYCLE)
+
+    def goes_on(self) -> bool:
+        """Wait for the end of a lull; whether the walk goes on."""
+        return not self.stop.wait(self.lull())
 
     def seconds(self) -> float:
         """How long a job takes."""
@@ -85,7 +97,3 @@ class Job:
         """Those of `jobs.job`."""
         content = payloads.make(self.given)
         return self.number, self.seconds, self.given, content, self.wanted, self.holder
-
-
-run = jobs.job
-"""The function of a job, for whoever has not checked a worker out."""

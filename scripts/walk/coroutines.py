@@ -50,8 +50,15 @@ async def _ended(client: Client, task: asyncio.Task[Any], cancel: bool) -> Any:
     return task.exception() or task.result()
 
 
+async def _goes_on(client: Client) -> bool:
+    """Wait for the end of a lull; whether the walk goes on."""
+    while not client.stop.is_set() and (left := client.lull()):
+        await asyncio.sleep(min(left, 0.1))
+    return not client.stop.is_set()
+
+
 async def _by_run(client: Client, form: AsyncSession) -> None:
-    while not client.stop.is_set():
+    while await _goes_on(client):
         timeout, tight = client.timeout()
         cancel = client.luck(0.01)
         job = client.draw("asyncio run", timeout, long=tight or cancel)
@@ -61,7 +68,7 @@ async def _by_run(client: Client, form: AsyncSession) -> None:
 
 
 async def _by_map(client: Client, form: AsyncSession) -> None:
-    while not client.stop.is_set():
+    while await _goes_on(client):
         numbers = client.ledger.open_many("asyncio bulk", client.rng.randrange(1, 100))
         enough = client.rng.choice(numbers) if client.luck(0.1) else None
         results = form.map(jobs.number_of, numbers, return_exceptions=True)
@@ -86,7 +93,7 @@ async def _by_map(client: Client, form: AsyncSession) -> None:
 
 async def _by_lease(client: Client, form: AsyncSession) -> None:
     turn = 0
-    while not client.stop.is_set():
+    while await _goes_on(client):
         turn += 1
         holder = f"{client.name}-async-{turn}"
         cancel = client.luck(0.03)

@@ -17,7 +17,7 @@ from walk.member import LENGTH
 from whitepool_mp import Session
 
 _KINDS = ("run,submit,lease", "asyncio,map,lease")
-_END_SECONDS = PATIENCE + 20.0
+_END_SECONDS = PATIENCE + 20.0  # those that are stuck say so themselves, before
 _DUMP_SECONDS = 2.0
 _MAIN = "import sys; from walk.member import main; main(*sys.argv[1:])"
 
@@ -111,10 +111,14 @@ class Crowd:
         member.kill()
         self._add()
 
-    def end(self) -> list[str]:
-        """Have all of them end; what was wrong with any."""
+    def let_go(self) -> None:
+        """Tell all of them that the walk is over."""
         for member in self.members:
             member.let_go()
+
+    def end(self) -> list[str]:
+        """See all of them end; what was wrong with any."""
+        self.let_go()
         until = time.monotonic() + _END_SECONDS
         wrong = [text for member in self.members if (text := member.end(until))]
         for log in sorted(self._folder.glob("member-*.log")):

@@ -62,9 +62,13 @@ class Party:
             traceback.print_exc()
             self._ledger.strange(f"client {client.name} ended with {type(error).__name__}: {error}")
 
-    def end(self) -> int:
-        """Have all of them end what they have begun; how many did not, whose stacks are shown."""
+    def let_go(self) -> None:
+        """Tell all of them that the walk is over."""
         self._stop.set()
+
+    def end(self) -> int:
+        """See all of them end what they have begun; how many did not, whose stacks are shown."""
+        self.let_go()
         until = time.monotonic() + _DRAIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))

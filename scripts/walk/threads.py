@@ -21,7 +21,7 @@ _WINDOW = 20
 
 def by_run(client: Client) -> None:
     """One job after the other."""
-    while not client.stop.is_set():
+    while client.goes_on():
         timeout, tight = client.timeout()
         job = client.draw("run", timeout, long=tight)
         try:
@@ -45,7 +45,7 @@ def by_submit(client: Client) -> None:
         under_way.pop(job.number, None)
         room.release()
 
-    while not client.stop.is_set():
+    while client.goes_on():
         room.acquire()
         timeout, tight = client.timeout()
         to_cancel = client.luck(0.01)
@@ -70,7 +70,7 @@ def by_submit(client: Client) -> None:
 
 def by_map(client: Client) -> None:
     """One map after the other: of jobs, of plain values in bulk, given up half-way."""
-    while not client.stop.is_set():
+    while client.goes_on():
         kind = client.rng.choice((_map_jobs, _map_jobs, _map_numbers, _map_texts))
         kind(client, client.rng.randrange(1, 200))
 
@@ -150,7 +150,7 @@ def _map_texts(client: Client, count: int) -> None:
 def by_lease(client: Client) -> None:
     """Check out, call a few times, and check in, or have the worker destroyed."""
     turn = 0
-    while not client.stop.is_set():
+    while client.goes_on():
         turn += 1
         tight = client.luck(0.03)
         block = not client.luck(0.05)
