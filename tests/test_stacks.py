@@ -314,7 +314,7 @@ def test_a_client_that_asks_and_leaves_harms_nobody(start_method: str, tmp_path:
         workers(session, 2)
         future, _, path = busy(session, tmp_path, deeds.block_signals_until_told)
         link = session._member.link()
-        link.send(frames.request(frames.STACKS, link.next_number()))
+        link._sock.sendall(frames.request(frames.STACKS, link.next_number()))
         link.hang_up()
         assert len(session.stacks()) == 2
         path.write_bytes(b"x")
