@@ -42,6 +42,7 @@ from whitepool_mp.broker import (
 )
 from whitepool_mp.broker.status import BrokerStatus
 from whitepool_mp.errors import ProtocolError, headline
+from whitepool_mp.manager import reunion as reunions
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
@@ -60,27 +61,6 @@ else:
 
 MAX_OBITUARIES = 4096
 """How many deaths under a lease are kept until the holder asks about them."""
-
-
-REUNION_SECONDS = 0.25
-"""How long a manager that took over waits for those who waited to ask again, before it serves."""
-_FOR_LATER = (frames.CHECKOUT, frames.CANCEL, frames.DRAIN)
-
-
-class Reunion:
-    """What happens until all are back who waited when the other manager was killed.
-
-    Args:
-        missing: the clients that have not asked again yet.
-        draining: whether the pool was shutting down.
-        until: when not to wait for them any longer.
-    """
-
-    def __init__(self, missing: set[int], draining: bool, until: float) -> None:
-        self.missing = missing
-        self.draining = draining
-        self.until = until
-        self.heard: list[tuple[Client, bytes]] = []
 
 
 class Workers(Protocol):
@@ -129,7 +109,7 @@ class Manager:
         self._asking: dict[int, list[tuple[Client, int]]] = {}
         self._drainers: list[tuple[Client, int]] = []
         self.finished = False
-        self._reunion: Reunion | None = None  # while those who waited ask again
+        self._reunion: reunions.Reunion | None = None  # while those who waited ask again
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
             frames.CHECKIN: self._on_checkin,
@@ -174,7 +154,9 @@ class Manager:
             if client not in door.clients:
                 self.apply(ClientGone(client))
         waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
-        self._reunion = Reunion(waiting, past.draining == 1, self._clock() + REUNION_SECONDS)
+        self._reunion = reunions.Reunion(
+            waiting, past.draining == 1, self._clock() + reunions.SECONDS
+        )
         if past.draining == 2:
             self.apply(Terminate())
         elif not waiting:
@@ -304,9 +286,7 @@ class Manager:
         handler = self._handlers.get(body[0])
         if handler is None:
             raise ProtocolError(f"a client sent a frame of kind {body[0]}")
-        if self._reunion is not None and body[0] in _FOR_LATER:
-            (frames.read_checkout if body[0] == frames.CHECKOUT else frames.read_request)(body)
-            self._reunion.heard.append((client, body))
+        if self._reunion is not None and self._reunion.keep(client, body):
             return
         handler(client, body)
 
@@ -487,14 +467,7 @@ class Manager:
         """Take up what was asked meanwhile: in the order in which it was asked first."""
         reunion, self._reunion = self._reunion, None
         assert reunion is not None
-        checkouts = [
-            (frames.read_checkout(body).asked, at)
-            for at, (_, body) in enumerate(reunion.heard)
-            if body[0] == frames.CHECKOUT
-        ]
-        order = [at for _, at in sorted(checkouts)]
-        order += [at for at, (_, body) in enumerate(reunion.heard) if body[0] != frames.CHECKOUT]
-        for client, body in (reunion.heard[at] for at in order):
+        for client, body in reunion.taken_up():
             if self._door.clients.get(client.id) is client:
                 self._handlers[body[0]](client, body)
         if reunion.draining:

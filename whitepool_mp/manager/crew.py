@@ -20,19 +20,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections import deque
 
 from whitepool_mp.errors import ProtocolError
-from whitepool_mp.manager import kin
-from whitepool_mp.manager.loop import READ, WRITE, Loop
+from whitepool_mp.manager import children, kin
+from whitepool_mp.manager.births import Births
+from whitepool_mp.manager.hand import Hand, kill, kill_group
 from whitepool_mp.manager.obituary import Obituary, OomKills, is_exiting, read_stack
-from whitepool_mp.manager.relay import Relay, last_lines
-from whitepool_mp.wire import boot as boots
+from whitepool_mp.manager.relay import last_lines
 from whitepool_mp.wire import descriptors, frames, pages
-from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
-from whitepool_mp.wire.kit import Kit
-from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -41,185 +37,31 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from whitepool_mp.manager.books import Process
-    from whitepool_mp.wire.escrow import Escrow
 else:
     import _signal as signal  # as in `worker.linux`
 
     Protocol = object
 
-_BIRTHS = nurseries.BORN_KIND, nurseries.UNBORN_KIND
-_MARK = boots.MARKER.encode() + b"="
 
-
-class Listener(Protocol):
-    """Who is told what happens to workers."""
-
-    def worker_born(self, worker: int, pid: int) -> None: ...
-    def worker_ready(self, worker: int) -> None: ...
-    def worker_failed(self, worker: int, reason: str) -> None: ...
-    def worker_released(self, worker: int, lease: int) -> None: ...
-    def worker_exited(self, worker: int, obituary: Obituary) -> None: ...
-
-
-class Hand:
-    """One worker process, from the order to start it until it is reaped.
-
-    Attributes:
-        stderr, stacks: the read ends of its pipes, None if there are none.
-    """
-
-    __slots__ = (
-        "born",
-        "channels",
-        "control",
-        "decoder",
-        "dump",
-        "inherited",
-        "kill_reason",
-        "page",
-        "page_fd",
-        "pid",
-        "pidfd",
-        "process",
-        "said",
-        "slot",
-        "stacks",
-        "stderr",
-        "unfinished",
-        "worker",
-    )
-
-    def __init__(
-        self,
-        worker: int,
-        slot: int,
-        control: Socket,
-        page_fd: int,
-        born: float,
-        stderr: int | None = None,
-        stacks: int | None = None,
-    ):
-        self.page = pages.Page(page_fd, pages.NUMBERS)
-        self.page_fd = page_fd
-        self.worker = worker
-        self.slot = slot
-        self.control = control
-        self.decoder = frames.FrameDecoder(limit=64 * 1024)
-        self.born = born
-        self.channels = 0  # how many it was given
-        self.pid: int | None = None
-        self.inherited = False  # whether another manager started it
-        self.pidfd = -1  # of one that was inherited
-        self.kill_reason: str | None = None
-        self.process: Any = None  # psutil.Process, made when it is first asked about
-        self.stderr = stderr
-        self.said = b""  # the last of it
-        self.unfinished = b""  # of a line that came in parts
-        self.stacks = stacks
-        self.dump: bytearray | None = None  # what has come of a stack that was asked for
-
-    def close(self) -> None:
-        """Let go of the page."""
-        self.page.close()
-        os.close(self.page_fd)
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-
-
-class Crew:
+class Crew(Births):
     """Every worker process of the pool, and the nursery they come from.
 
     Args:
-        boot: what the pool's processes are told.
-        loop: where descriptors are waited for.
-        listener: who is told.
-        clock: the monotonic clock, in seconds.
-        lifeline: the read end of the pipe whose end-of-file tells everyone that the owner is gone.
-        escrow: where copies of the descriptors are kept for the next manager.
-        start_timeout: how long a worker may take to be born and ready, in seconds.
-        nursery: the first nursery, already forked: its pid and this process's end to it.
-        first: of a worker that is on its way already: what it was given, and the pid if it is born.
+        args: as for `Births`.
         follows: whether there was a manager before this one, which may have left processes that are
             not this one's children.
     """
 
-    def __init__(
-        self,
-        boot: Boot,
-        loop: Loop,
-        listener: Listener,
-        clock: Callable[[], float],
-        lifeline: int,
-        escrow: Escrow,
-        start_timeout: float,
-        nursery: tuple[int, Socket],
-        first: tuple[Kit, int | None] | None,
-        follows: bool = False,
-    ) -> None:
-        self._boot = boot
-        self._loop = loop
-        self._listener = listener
-        self._clock = clock
-        self._lifeline = lifeline
-        self._escrow = escrow
-        self._start_timeout = start_timeout
-        self._hands: dict[int, Hand] = {}
-        self._by_pid: dict[int, Hand] = {}
-        self._nursery_pid: int | None = None
-        self._nursery: Socket | None = None
-        self._nursery_word = ""
-        self._first = first
-        self._unborn: dict[int, Hand] = {}
-        self._orders: deque[tuple[int, int, Kit]] = deque()
-        self.relay = Relay(loop, clock)
-        self._oom = OomKills(clock)
+    def __init__(self, *args: Any, follows: bool = False) -> None:
+        super().__init__(*args)
+        self._oom = OomKills(self._clock)
         self._stacks: Any = None  # a `Stacks`, made when it is first wanted
         self._sweep_due = False
         self._follows = follows
         # Open from the start: there may be no descriptor to spare when it is wanted.
-        self._children_fd = _open_children()
-        self._take_nursery(*nursery)
+        self._children_fd = children.open_list()
 
     # --- what the manager asks ------------------------------------------------------------
-
-    def hand(self, worker: int) -> Hand | None:
-        """The process of a worker, or None when there is none (any more)."""
-        return self._hands.get(worker)
-
-    def __len__(self) -> int:
-        return len(self._hands)
-
-    def spawn(self, worker: int, slot: int) -> str | None:
-        """Order a new worker.
-
-        Returns:
-            None, or why there cannot be one now (no descriptors or no processes left).
-        """
-        first, self._first = self._first, None
-        kit = pid = None
-        try:
-            if first is not None and (worker, slot) == nurseries.FIRST:
-                kit, pid = first  # it is on its way
-            else:
-                if self._nursery is None:
-                    forked = nurseries.fork(self._boot, self._lifeline, self._escrow)
-                    self._take_nursery(*forked)
-                kit = Kit()
-                self._escrow.park(worker, kit.kept())
-            kit.control.setblocking(False)
-            hand = Hand(worker, slot, kit.control, kit.page, self._clock(), kit.stderr, kit.stacks)
-        except OSError as error:
-            if kit is not None:
-                kit.close()
-            return f"the manager cannot start a worker: {type(error).__name__}: {error}"
-        self._hands[worker] = self._unborn[worker] = hand
-        self.relay.add(hand)
-        if kit.given:
-            self._orders.append((worker, slot, kit))
-            self._send_orders()
-        elif pid is not None:
-            self._born(hand, pid)
-        return None
 
     def retire(self, worker: int) -> None:
         """Ask for a clean stop."""
@@ -253,7 +95,7 @@ class Crew:
             return
         hand.kill_reason = hand.kill_reason or reason
         if hand.pid is not None:
-            _kill(hand)
+            kill(hand)
             return
         if hand.inherited:
             # Nobody knows its pid yet. Without this socket it ends by itself, if it is ever born.
@@ -262,18 +104,6 @@ class Crew:
         late = self._clock() - hand.born >= self._start_timeout
         if late or all(other.kill_reason for other in self._unborn.values() if not other.inherited):
             self._end_stuck_nursery(late)
-
-    def _end_stuck_nursery(self, late: bool) -> None:
-        """Nobody wants what the nursery has yet to fork, or it does not come to it (in a preload,
-        or stopped). Its end tells all that were ordered from it; the next order starts another."""
-        if self._nursery_pid is None:
-            return
-        if late:
-            self._nursery_word = (
-                f"the nursery did not start a worker within {self._start_timeout:g} s "
-                f"(preload={list(self._boot.preload)!r})"
-            )
-        os.kill(self._nursery_pid, signal.SIGKILL)
 
     def recall(self, worker: int, lease: int, patient: bool) -> bool:
         """Take a lease back through its worker, which says RELEASED when no call under it runs.
@@ -368,7 +198,7 @@ class Crew:
             self._sweep_due = True
             return
         # Not reaped yet, so neither the pid nor the group can be anybody else's.
-        _kill_group(pid)
+        kill_group(pid)
         self._hear(hand)
         oom_killed = self._oom.look() if self._oom.covers(pid) else None
         _, status, usage = os.wait4(pid, 0)
@@ -424,12 +254,12 @@ class Crew:
         Returns:
             How many there were.
         """
-        children = _children(self._children_fd)
+        pids = children.pids(self._children_fd)
         self._read_nursery()  # a worker may have been born while we looked
-        strays = [pid for pid in children if pid not in self._by_pid and pid != self._nursery_pid]
+        strays = [pid for pid in pids if pid not in self._by_pid and pid != self._nursery_pid]
         for pid in strays:
             # Only this process reaps its children, so the number is still that child's.
-            patient = not last and _of_another_pool(pid, self._boot.pool_id)
+            patient = not last and children.of_another_pool(pid, self._boot.pool_id)
             with contextlib.suppress(PermissionError):  # it became another user's, by sudo or su
                 os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
         return len(strays)
@@ -521,96 +351,6 @@ class Crew:
 
             marked.kill(self._boot.pool_id, living)
 
-    # --- the nursery ----------------------------------------------------------------------
-
-    def _take_nursery(self, pid: int, sock: Socket) -> None:
-        sock.setblocking(False)
-        self._nursery, self._nursery_pid, self._nursery_word = sock, pid, ""
-        self._loop.add(sock.fileno(), self._hear_nursery)
-
-    def _send_orders(self) -> None:
-        nursery = self._nursery
-        if nursery is None:
-            return
-        while self._orders:
-            order = self._orders[0]
-            try:
-                nurseries.order(nursery, *order)
-            except BlockingIOError:
-                self._loop.change(nursery.fileno(), READ | WRITE)
-                return
-            except OSError:
-                break  # it is gone; its end-of-file, read in a moment, says so to all who wait
-            self._orders.popleft()
-            order[2].give()
-        self._loop.change(nursery.fileno(), READ)
-
-    def _hear_nursery(self, events: int) -> None:
-        if events & WRITE:
-            self._send_orders()
-        if events & ~WRITE:
-            self._read_nursery()
-
-    def _read_nursery(self) -> None:
-        nursery = self._nursery
-        while nursery is not None:
-            try:
-                data = nursery.recv(65536)
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                continue  # said once: it ended with orders unread; its last words come next
-            except OSError:
-                data = b""
-            if not data:
-                self._lose_nursery()
-                return
-            if data[0] == nurseries.BROKEN_KIND:
-                self._nursery_word = data[1:].decode("utf-8", "replace")
-                continue
-            if data[0] not in _BIRTHS or len(data) < nurseries.BORN.size:
-                # Code that it preloaded wrote to a socket not its own.
-                self._nursery_word = "the nursery sent nonsense to the manager"
-                if self._nursery_pid is not None:
-                    os.kill(self._nursery_pid, signal.SIGKILL)
-                continue
-            kind, worker, pid = nurseries.BORN.unpack_from(data)
-            hand = self._unborn.get(worker)
-            if hand is None:
-                continue
-            if kind == nurseries.UNBORN_KIND:
-                text = data[nurseries.BORN.size :].decode("utf-8", "replace")
-                self._bury(hand, None, None, f"no process could be started: {text}")
-                continue
-            self._born(hand, pid)
-
-    def _born(self, hand: Hand, pid: int) -> None:
-        del self._unborn[hand.worker]
-        hand.pid = pid
-        self._by_pid[pid] = hand
-        self._listener.worker_born(hand.worker, pid)
-        # Not listened to before: a quick worker's READY can overtake the news of its birth.
-        self._loop.add(hand.control.fileno(), functools.partial(self._heard, hand))
-        if hand.stacks is not None:
-            self._loop.add(hand.stacks, functools.partial(self._heard_stack, hand))
-        if hand.kill_reason is not None:
-            _kill(hand)
-
-    def _lose_nursery(self) -> None:
-        assert self._nursery is not None
-        self._loop.remove(self._nursery.fileno())
-        self._nursery.close()
-        self._nursery = None
-        while self._orders:
-            self._orders.popleft()[2].give()
-        told = self._nursery_word
-        for hand in list(self._unborn.values()):
-            if hand.inherited:
-                continue  # it is another nursery's
-            if told:
-                self._listener.worker_failed(hand.worker, told)
-            self._bury(hand, None, None, told or "the nursery, which starts the workers, died")
-
     # --- the workers' own words -----------------------------------------------------------
 
     def _heard(self, hand: Hand, _: int) -> None:
@@ -696,54 +436,4 @@ class Crew:
         self.sweep_marked()
 
 
-def _open_children() -> int | None:
-    """The kernel's list of this process's children, if it keeps one."""
-    own = os.getpid()
-    try:
-        return os.open(f"/proc/{own}/task/{own}/children", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
-def _children(listed: int | None) -> list[int]:
-    """The pids of this process's children, zombies included.
-
-    Source: proc(5), /proc/pid/task/tid/children; psutil where the kernel does not have it.
-    """
-    if listed is None:
-        import psutil
-
-        return [child.pid for child in psutil.Process().children()]
-    text = b""
-    while piece := os.pread(listed, 1 << 16, len(text)):
-        text += piece
-    return [int(pid) for pid in text.split()]
-
-
-def _of_another_pool(pid: int, pool_id: str) -> bool:
-    """Whether an unreaped child is part of another pool (one that a worker of ours made)."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            marks = [entry for entry in file.read().split(b"\0") if entry.startswith(_MARK)]
-    except OSError:
-        return False  # it is a zombie, or another user's by now
-    return bool(marks) and marks != [_MARK + pool_id.encode()]
-
-
-def _kill(hand: Hand) -> None:
-    """SIGKILL to a worker and its group."""
-    assert hand.pid is not None
-    if not hand.inherited:
-        _kill_group(hand.pid)
-    elif hand.pidfd >= 0:
-        kin.kill_group(hand.pid, hand.pidfd)
-
-
-def _kill_group(pid: int) -> None:
-    """SIGKILL to an unreaped child and to the group it leads."""
-    for kill in (os.kill, os.killpg):
-        with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
-
-
-__all__ = ["Crew", "Hand", "Listener"]
+__all__ = ["Crew"]
