@@ -50,8 +50,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--managers",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="kill and stop the manager as well",
+        default=True,
+        help="kill and stop the manager as well (yes)",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="print the first N steps, and end")
     parser.add_argument("--keep", action="store_true", help="leave the books of all jobs there")

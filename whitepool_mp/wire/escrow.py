@@ -90,24 +90,47 @@ class Escrow:
             OSError: there are not enough descriptors left for them.
         """
         found: dict[int, list[int]] = {}
-        mark = _MARK | generation
-        self._inlet.send(_ENTRY.pack(mark))
+        mark = _ENTRY.pack(_MARK | generation)
         self._queue.clear()
-        while True:
-            data, fds = descriptors.receive(self._outlet, _ENTRY.size, _MOST, descriptors.PEEK)
-            (key,) = _ENTRY.unpack(data)
-            if key & _MARK or key == NURSERY or key in found:
-                for fd in fds:
-                    os.close(fd)
-            else:
-                found[key] = fds
-                self.park(key, fds)
+        try:
+            self._inlet.send(mark)
+        except BlockingIOError:
+            # It is full. Its first entry makes room.
+            first, fds = self._first()
             self._discard()
-            if key == mark:
+            self._inlet.send(mark)
+            if not self._found(first, fds, found):
+                self.refused += 1
+        while True:
+            key, fds = self._first()
+            if key == _MARK | generation:
+                self._discard()
                 break
+            if not self._found(key, fds, found):
+                self._discard()
+                self._send(key, tuple(fds))
+            else:
+                self._discard()
         if NURSERY in self._live:  # this manager's own, which was among them
             self._send(NURSERY, self._live[NURSERY])
         return found
+
+    def _first(self) -> tuple[int, list[int]]:
+        """The first entry, which stays where it is, and copies of its descriptors."""
+        data, fds = descriptors.receive(self._outlet, _ENTRY.size, _MOST, descriptors.PEEK)
+        key: int = _ENTRY.unpack(data)[0]
+        return key, fds
+
+    def _found(self, key: int, fds: list[int], found: dict[int, list[int]]) -> bool:
+        """Take an entry over, and send it again; False if there is no room for that before it is
+        taken out."""
+        if key & _MARK or key == NURSERY or key in found:
+            for fd in fds:
+                os.close(fd)
+            return True
+        found[key] = fds
+        self._live[key] = tuple(fds)
+        return self._send(key, self._live[key])
 
     def clear(self) -> None:
         """Let go of all that others put there."""
