@@ -175,6 +175,7 @@ class Link:
         self._poll = select.poll()
         self.broken = False  # not to be used for requests any more
         self._over = False
+        self._rejoining = False
         self.leases: dict[int, weakref.ref[Any]] = {}
         self._sock, self._decoder, self._generation = self._join(deadline)
         self._poll.register(self._sock.fileno(), select.POLLIN)
@@ -229,32 +230,43 @@ class Link:
                 raise LinkBroken("the pool is gone")
             if self._generation != seen:
                 return  # another thread did it
+            self._rejoining = True
             try:
-                sock, decoder, generation = self._join(deadline)
-            except LinkBroken:
-                self.broken = self._over = True
-                raise
-            if generation == seen:
-                sock.close()
-                self.broken = self._over = True
-                raise LinkBroken("the manager closed the connection, and lives on")
-            said = [data for _, data in self._said]
-            said += [*self._asked.values(), frames.request(frames.REJOINED, 0)]
-            if not self._inbox:
-                while self._fds:
-                    os.close(self._fds.popleft())
-            self._decoder, self._generation = decoder, generation
-            # In the place of the old one, also for a thread that is waiting on that just now.
-            os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+                said = self._join_next(seen, deadline)
+            finally:
+                self._rejoining = False
+            for _, data in list(self._said)[said:]:
+                self._send(data, deadline)
+
+    def _join_next(self, seen: int, deadline: float | None) -> int:
+        """Join, and say all again; how much of what has no answer that was."""
+        try:
+            sock, decoder, generation = self._join(deadline)
+        except LinkBroken:
+            self.broken = self._over = True
+            raise
+        if generation == seen:
             sock.close()
-            try:
-                self._sock.sendall(b"".join(said))
-            except OSError:
-                self._rejoin(generation, deadline)
-            except BaseException:
-                self.broken = True  # an interrupt: half a frame may have been sent
-                self._sock.shutdown(socket.SHUT_RDWR)
-                raise
+            self.broken = self._over = True
+            raise LinkBroken("the manager closed the connection, and lives on")
+        if not self._inbox:
+            while self._fds:
+                os.close(self._fds.popleft())
+        # In the place of the old one, also for a thread that is waiting on that just now.
+        os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+        sock.close()
+        self._decoder, self._generation = decoder, generation
+        asked = [*self._asked.values(), frames.request(frames.REJOINED, 0)]
+        said = [data for _, data in list(self._said)]  # a collected lease may add to it meanwhile
+        try:
+            self._sock.sendall(b"".join([*said, *asked]))
+        except OSError:
+            return self._join_next(generation, deadline)
+        except BaseException:
+            self.broken = True  # an interrupt: half a frame may have been sent
+            self._sock.shutdown(socket.SHUT_RDWR)
+            raise
+        return len(said)
 
     def say(self, data: bytes) -> None:
         """Send a frame that has no answer; it is said again should the manager die over it.
@@ -264,7 +276,8 @@ class Link:
         """
         with self._send_lock:
             self._said.append((self._number, data))
-            self._send(data, time.monotonic() + _SAY_SECONDS)
+            if not self._rejoining:  # by this very thread, which then says it
+                self._send(data, time.monotonic() + _SAY_SECONDS)
 
     def ask(self, number: int, data: bytes, deadline: float | None) -> bytes:
         """Send a request and wait for the body of its answer.

@@ -189,15 +189,18 @@ class Owner:
 
     def _watch(self) -> None:
         """The thread: wait for the manager's death, and start another one unless it is the end."""
-        while True:
-            poller = select.poll()
-            poller.register(self._pidfd, select.POLLIN)
-            poller.poll()
-            with self._lock:
-                self._reap()
-                if self._ending or self._ledger.words[ledgers.FINISHED] or not self._again():
-                    break
-        self._finish()
+        try:
+            going_on = True
+            while going_on:
+                poller = select.poll()
+                poller.register(self._pidfd, select.POLLIN)
+                poller.poll()
+                with self._lock:
+                    self._reap()
+                    over = self._ending or self._ledger.words[ledgers.FINISHED]
+                    going_on = not over and self._again()
+        finally:
+            self._finish()
 
     def _reap(self) -> None:
         try:
