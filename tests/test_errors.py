@@ -144,7 +144,9 @@ def test_nothing_else_is_an_os_error() -> None:
 # --- travelling -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("label", "protocol", "dumps", "loads"), PICKLERS, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(
+    ("label", "protocol", "dumps", "loads"), PICKLERS, ids=lambda x: getattr(x, "__name__", str(x))
+)
 @pytest.mark.parametrize("error", SPECIMENS, ids=repr)
 def test_every_error_survives_pickling(
     error: WhitepoolError, label: str, protocol: int, dumps: Any, loads: Any
