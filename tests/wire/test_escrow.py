@@ -115,6 +115,19 @@ def test_a_queue_of_those_who_come_and_go_stays_short(owner: Owner) -> None:
     assert escrow.refused == 0
 
 
+def test_nurseries_that_come_and_go_leave_few_entries(owner: Owner) -> None:
+    escrow = owner.manager()
+    owner.new(escrow, 1)
+    for _ in range(50):
+        if NURSERY in owner.open:
+            os.close(owner.open.pop(NURSERY))
+        owner.new(escrow, NURSERY)
+    for key in range(2, 10):
+        owner.new(escrow, key)
+        owner.end(escrow, key)
+    assert owner.queued() < 30
+
+
 @pytest.mark.parametrize("moved", [0, 1, 7, 18])
 def test_a_manager_killed_while_it_moves_an_entry_leaves_it_there(owner: Owner, moved: int) -> None:
     escrow = owner.manager()

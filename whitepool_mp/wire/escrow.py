@@ -51,6 +51,7 @@ class Escrow:
         inlet.setblocking(False)
         outlet.setblocking(False)
         self._queue: deque[int] = deque()
+        self._entries: dict[int, int] = {}  # how many of them are there of each key
         self._live: dict[int, tuple[int, ...]] = {}
         self.refused = 0
 
@@ -74,10 +75,14 @@ class Escrow:
         """Whose they are has ended: let go of the copies, soon."""
         self._live.pop(key, None)
         queue, live = self._queue, self._live
-        while queue and (queue[0] not in live or len(queue) > 2 * len(live) + _SLACK):
+        while queue:
             head = queue[0]
-            if head in live and not self._send(head, live[head]):
-                return
+            # Of a key that was used again (a nursery's) the last entry counts.
+            needed = head in live and self._entries[head] == 1
+            if needed and len(queue) <= 2 * len(live) + _SLACK:
+                break
+            if needed and not self._send(head, live[head]):
+                break
             self._pop()
 
     def take(self, generation: int) -> dict[int, list[int]]:
@@ -92,6 +97,7 @@ class Escrow:
         found: dict[int, list[int]] = {}
         mark = _ENTRY.pack(_MARK | generation)
         self._queue.clear()
+        self._entries.clear()
         try:
             self._inlet.send(mark)
         except BlockingIOError:
@@ -144,10 +150,14 @@ class Escrow:
         except OSError:  # the queue is full, or as many descriptors are under way as may be
             return False
         self._queue.append(key)
+        self._entries[key] = self._entries.get(key, 0) + 1
         return True
 
     def _pop(self) -> None:
-        self._queue.popleft()
+        key = self._queue.popleft()
+        self._entries[key] -= 1
+        if not self._entries[key]:
+            del self._entries[key]
         self._discard()
 
     def _discard(self) -> None:
