@@ -21,10 +21,10 @@ FAILURES = {
     "failing_factory": "LookupError: no database here",
     "ask_to_exit": "SystemExit: 4",
     "leave": "exit code 3",
-    "segfault": "signal 11",
-    "abort": "signal 6",
+    "segfault": "SIGSEGV",
+    "abort": "SIGABRT",
     "libc_exit": "exit code 0",
-    "kill_self": "signal 9",
+    "kill_self": "SIGKILL",
 }
 
 

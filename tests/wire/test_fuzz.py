@@ -125,16 +125,16 @@ NUMBERS = st.sampled_from((0, 1, 2**31 - 1, 2**31, 2**32 - 1))
 ODD = st.sampled_from((float("nan"), float("inf"), -float("inf"), -0.0, 5e-324, 1.7e308, -1.7e308))
 
 
-@given(NUMBERS, st.integers(0, 255), ODD | st.floats(), st.binary(max_size=20))
+@given(NUMBERS, st.integers(0, 255), ODD | st.floats(), ODD | st.floats(), st.binary(max_size=20))
 def test_a_checkout_s_deadline_is_a_number_or_none(
-    number: int, flags: int, deadline: float, site: bytes
+    number: int, flags: int, deadline: float, asked: float, site: bytes
 ) -> None:
     """A NaN is neither before nor after anything: it would never be due, and never in time."""
-    body = struct.pack("!BIBd", frames.CHECKOUT, number, flags, deadline) + site
+    body = struct.pack("!BIBdd", frames.CHECKOUT, number, flags, deadline, asked) + site
     try:
         read = frames.read_checkout(body)
     except ProtocolError:
-        assert deadline != deadline
+        assert deadline != deadline or asked != asked
         return
     assert read.deadline is None or read.deadline == deadline < float("inf")
 

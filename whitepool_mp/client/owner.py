@@ -110,7 +110,7 @@ class Owner:
             self._thread.start()
         except BaseException as error:
             self._signal(signal.SIGKILL)
-            os.waitpid(self.manager, 0)
+            self._reap()
             self._finish()
             if isinstance(error, RuntimeError):
                 raise WhitepoolError(

@@ -25,6 +25,10 @@ _OWN_FRAME = (
 )
 
 
+_NOT_NAMES = ("SIG_", "SIGRT", "SIGIOT", "SIGCLD", "SIGPOLL")
+"""Other things than signals, and second names of some."""
+
+
 class Obituary(Record):
     """One worker's end. Times in seconds, memory in bytes; None is unknown.
 
@@ -86,7 +90,7 @@ def without_own_frames(text: str) -> str:
 def signal_name(number: int) -> str:
     """A signal by name, such as "SIGSEGV"; by its number if it has none."""
     for name, value in vars(signal).items():
-        if value == number and name.startswith("SIG") and not name.startswith(("SIG_", "SIGRT")):
+        if value == number and name.startswith("SIG") and not name.startswith(_NOT_NAMES):
             return name
     return f"signal {number}"
 
