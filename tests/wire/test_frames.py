@@ -192,7 +192,7 @@ def test_a_frame_that_arrives_byte_by_byte_comes_out_at_its_last_byte(one: Any) 
 def test_every_kind_of_frame_is_in_the_round_trip() -> None:
     assert len(KINDS) == len(set(KINDS)) == 29
     readers = {"auth", "checkout", "request", "lease", "request_lease", "resize", "nonce", "grant"}
-    readers |= {"refused", "channel", "reply", "plain", "recall"}
+    readers |= {"refused", "channel", "reply", "plain", "recall", "welcome"}
     assert {read.__name__.removeprefix("read_") for read in READERS} == readers
 
 

@@ -71,7 +71,8 @@ class Births:
         self._by_pid: dict[int, Hand] = {}
         self._nursery_pid: int | None = None
         self._nursery: Socket | None = None
-        self._nursery_word = ""
+        self._nursery_word = ""  # why it gave up, if it said so
+        self._nursery_fate = ""
         self._first = first
         self._unborn: dict[int, Hand] = {}
         self._orders: deque[tuple[int, int, Kit]] = deque()
@@ -133,6 +134,7 @@ class Births:
     def _take_nursery(self, pid: int, sock: Socket) -> None:
         sock.setblocking(False)
         self._nursery, self._nursery_pid, self._nursery_word = sock, pid, ""
+        self._nursery_fate = "the nursery, which starts the workers, died"
         self._loop.add(sock.fileno(), self._hear_nursery)
 
     def _send_orders(self) -> None:
@@ -177,7 +179,7 @@ class Births:
                 continue
             if data[0] not in _BIRTHS or len(data) < nurseries.BORN.size:
                 # Code that it preloaded wrote to a socket not its own.
-                self._nursery_word = "the nursery sent nonsense to the manager"
+                self._nursery_fate = "the nursery, which starts the workers, sent nonsense"
                 if self._nursery_pid is not None:
                     os.kill(self._nursery_pid, signal.SIGKILL)
                 continue
@@ -216,7 +218,7 @@ class Births:
                 continue  # it is another nursery's
             if told:
                 self._listener.worker_failed(hand.worker, told)
-            self._bury(hand, None, None, told or "the nursery, which starts the workers, died")
+            self._bury(hand, None, None, told or self._nursery_fate)
 
     # --- what a `Crew` adds ---------------------------------------------------------------
 
