@@ -252,8 +252,8 @@ def test_a_shutdown_that_was_begun_goes_on(
     session: Session, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     lease = session.checkout(SOON)
-    waiting = threads.submit(lambda: session.checkout(SOON).checkin())
     with session.checkout(SOON):
+        waiting = threads.submit(lambda: session.checkout(SOON).checkin())
         until(lambda: session.status().waiting == 1)
         ending = threads.submit(session.safe_shutdown)
         until(lambda: session._member.draining)
