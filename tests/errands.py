@@ -179,3 +179,40 @@ def wait_for(pipe):
     """Wait until the test writes a byte into a pipe."""
     with open(pipe, "rb", buffering=0) as end:
         end.read(1)
+
+
+def pid():
+    """The number of this process."""
+    return os.getpid()
+
+
+def pid_after(seconds):
+    """The same, a while later."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def trace_pid(path, number, seconds=0.0):
+    """`trace`, with the number of the process."""
+    write(path, f"{number} {os.getpid()}")
+    time.sleep(seconds)
+    return number
+
+
+class PidTracer:
+    """`trace_pid` as a function of the number alone."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, number):
+        return trace_pid(self.path, number)
+
+
+_leaked = []
+
+
+def leak(size):
+    """Use so many bytes for good; the number of this process."""
+    _leaked.append(b"x" * size)
+    return os.getpid()

@@ -126,6 +126,13 @@ def test_a_refused_config_uses_up_no_number() -> None:
         ("start_timeout", INF, INF),
         ("stop_timeout", 0.001, 0.001),
         ("stop_timeout", INF, INF),
+        ("max_calls", None, None),
+        ("max_calls", 1, 1),
+        ("max_lifetime", None, None),
+        ("max_lifetime", 3600, 3600.0),
+        ("max_lifetime", INF, None),
+        ("max_rss", None, None),
+        ("max_rss", 1 << 40, 1 << 40),
         ("env", {}, {}),
         ("env", {"A": "", "B": "x=y"}, {"A": "", "B": "x=y"}),
         ("env", None, None),
@@ -186,6 +193,8 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *(("overflow_ttl", value) for value in NOT_NUMBERS),
     *(("start_timeout", value) for value in NOT_NUMBERS),
     *(("stop_timeout", value) for value in NOT_NUMBERS),
+    *((name, value) for name in ("max_calls", "max_rss") for value in (True, "5", 1.0, [1], INF)),
+    *(("max_lifetime", value) for value in NOT_NUMBERS if value is not None),
     *(("factory", value) for value in (7, "connect", object(), [make_resource])),
     *(("factory", value) for value in (coroutine_factory, asyncgen_factory)),
     ("factory", AsyncCallableInstance()),
@@ -204,6 +213,8 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("overflow_ttl", value) for value in (-1, -0.1, NAN, -INF, 10**400)),
     *(("start_timeout", value) for value in (0, 0.0, -1, NAN, -INF, 10**400)),
     *(("stop_timeout", value) for value in (0, 0.0, -1, NAN, -INF, 10**400)),
+    *((name, value) for name in ("max_calls", "max_rss") for value in (0, -1, 2**63)),
+    *(("max_lifetime", value) for value in (0, 0.0, -1, NAN, -INF, 10**400)),
     *(("env", value) for value in ({"": "x"}, {"A=B": "x"}, {"A\0": "x"}, {"A": "x\0"})),
     *(("env", value) for value in ({"\ud800": "x"}, {"A": "\ud800"})),
 ]
@@ -384,6 +395,9 @@ def test_policy_takes_over_what_the_broker_needs() -> None:
         overflow_ttl=1,
         start_timeout=2,
         stop_timeout=3,
+        max_calls=4,
+        max_lifetime=5,
+        max_rss=6,
     )
     assert config.policy() == Policy(
         pool_size=3,
@@ -392,6 +406,9 @@ def test_policy_takes_over_what_the_broker_needs() -> None:
         overflow_ttl=1.0,
         start_timeout=2.0,
         stop_timeout=3.0,
+        max_calls=4,
+        max_lifetime=5.0,
+        max_rss=6,
     )
 
 

@@ -82,6 +82,14 @@ class PoolConfig:
             in a fresh interpreter.
         preload: modules the fork server imports, so that new workers start with them.
         overflow_ttl: seconds an idle overflow worker stays warm; 0 stops it at once.
+        max_calls: after how many calls a worker is replaced by a new one. Like the next two it is
+            drawn for each worker, down to a fifth less, so that workers are not replaced all at
+            once; 1 is always 1, a new process for each call. None for no limit. A lease that you
+            hold is not taken from you: its worker is replaced when you check it in.
+        max_lifetime: after how many seconds since it was ready a worker is replaced; a call that
+            runs is let to end.
+        max_rss: from how many bytes of resident memory a worker is replaced, after the call that
+            brought it there.
         start_timeout: seconds a worker may take to start, its factory included.
         stop_timeout: seconds a worker may take to stop, its teardown included, before it is killed.
         teardown: called with the resource when a worker stops cleanly. Needs a factory.
@@ -101,6 +109,9 @@ class PoolConfig:
     start_method: StartMethod = "forkserver"
     preload: Sequence[str] = ()
     overflow_ttl: float = 5.0
+    max_calls: int | None = None
+    max_lifetime: float | None = None
+    max_rss: int | None = None
     start_timeout: float = 60.0
     stop_timeout: float = 5.0
     teardown: Callable[[Any], Any] | None = None
@@ -125,6 +136,11 @@ class PoolConfig:
         put = object.__setattr__
         put(self, "preload", _check_preload(self.preload))
         put(self, "overflow_ttl", _check_seconds("overflow_ttl", self.overflow_ttl, zero=True))
+        _check_limit("max_calls", self.max_calls, "calls")
+        _check_limit("max_rss", self.max_rss, "bytes")
+        if self.max_lifetime is not None:
+            lifetime = _check_seconds("max_lifetime", self.max_lifetime, zero=False, none=True)
+            put(self, "max_lifetime", None if math.isinf(lifetime) else lifetime)
         put(self, "start_timeout", _check_seconds("start_timeout", self.start_timeout, zero=False))
         put(self, "stop_timeout", _check_seconds("stop_timeout", self.stop_timeout, zero=False))
         put(self, "env", _check_env(self.env))
@@ -169,6 +185,9 @@ class PoolConfig:
             overflow_ttl=self.overflow_ttl,
             start_timeout=self.start_timeout,
             stop_timeout=self.stop_timeout,
+            max_calls=self.max_calls or 0,
+            max_lifetime=math.inf if self.max_lifetime is None else self.max_lifetime,
+            max_rss=self.max_rss or 0,
         )
 
 
@@ -238,6 +257,16 @@ def _check_int(name: str, value: object, least: int, why: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _type_error(name, value, allowed)
     if value < least:
+        raise _value_error(name, value, allowed)
+
+
+def _check_limit(name: str, value: object, of: str) -> None:
+    allowed = f"None (no limit) or a number of {of}, an int from 1 to 2**62"
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _type_error(name, value, allowed)
+    if not 1 <= value <= 1 << 62:
         raise _value_error(name, value, allowed)
 
 
@@ -329,8 +358,10 @@ def _encodable(text: str) -> bool:
         return False
 
 
-def _check_seconds(name: str, value: object, *, zero: bool) -> float:
+def _check_seconds(name: str, value: object, *, zero: bool, none: bool = False) -> float:
     allowed = f"a number of seconds {'>= 0' if zero else '> 0'}, infinity included"
+    if none:
+        allowed = f"None (no limit) or {allowed}"
     seconds = _number(name, value, allowed)
     if seconds < 0 or (seconds == 0 and not zero):
         raise _value_error(name, value, allowed)

@@ -5,6 +5,8 @@ The manager reads this and not `config`, whose checking of options is the owner'
 
 from __future__ import annotations
 
+import math
+
 from whitepool_mp.records import Record
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -25,9 +27,10 @@ MAX_WORKERS = 10_000
 
 
 class Policy(Record):
-    """What the broker has to know of a pool; times are in seconds.
+    """What the broker has to know of a pool; times are in seconds, sizes in bytes.
 
     A plain value: `PoolConfig.policy` makes it from checked options, a test may write it by hand.
+    Limits of 0 (`max_calls`, `max_rss`) and infinity (`max_lifetime`) are none.
     """
 
     pool_size: int
@@ -38,3 +41,6 @@ class Policy(Record):
     stop_timeout: float = 5.0
     backoff_first: float = 0.05
     backoff_max: float = 10.0
+    max_calls: int = 0
+    max_lifetime: float = math.inf
+    max_rss: int = 0

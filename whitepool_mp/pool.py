@@ -28,9 +28,11 @@ class Pool:
         options: keyword-only: `name`; `strategy` ("lifo" or "fifo": which idle worker is leased
             next); `start_method` ("forkserver", or "loky" for a fresh interpreter each); `preload`
             (modules imported once, before workers are forked); `overflow_ttl` (seconds an idle
-            worker above pool_size stays); `start_timeout` and `stop_timeout` (seconds a factory and
-            a teardown may take); `teardown` (called with the resource at a clean stop); `env`
-            (environment variables of the workers).
+            worker above pool_size stays); `max_calls`, `max_lifetime` (seconds) and `max_rss`
+            (bytes of memory): when a worker is replaced between two calls, drawn for each up to a
+            fifth below (under a lease of `checkout`, when that is checked in); `start_timeout` and
+            `stop_timeout` (seconds a factory and a teardown may take); `teardown` (called with the
+            resource at a clean stop); `env` (environment variables of the workers).
 
     Raises:
         TypeError: an option is unknown or of the wrong type.

@@ -278,7 +278,7 @@ class Session:
                     continue
                 if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
                     # It died before the call began: while it was kept, or else just now.
-                    deaths += not found
+                    deaths += not (found or hold.is_recalled())
                     if deaths < MAX_DEATHS:
                         hold.lose()
                         continue
@@ -286,7 +286,7 @@ class Session:
             except BaseException:
                 hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
-            if hold.keep:
+            if hold.keep and not hold.is_worn():
                 member.kept.append(hold)
             else:
                 hold.release(member)

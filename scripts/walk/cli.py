@@ -175,6 +175,8 @@ class Walk:
             start_method=given.start_method,
             preload=self._preload,
             overflow_ttl=1.0,
+            max_calls=300,
+            max_lifetime=6.0,
         ).run_service()
         watch = Watch(session)
         self._wrong += filter(None, [watch.whole()])
@@ -199,7 +201,8 @@ class Walk:
         else:
             if more > _MANAGER_DESCRIPTORS:
                 self._wrong.append(f"the manager has {more} descriptors more than at first")
-            print(f"workers started: {status.counters['spawned']}")
+            counters = status.counters
+            print(f"workers started: {counters['spawned']}, recycled: {counters['recycled']}")
         done = ", ".join(f"{what}: {count}" for what, count in sorted(hand.done.items()))
         print(f"seed {given.seed}, {given.seconds:g} s, {steps} steps: {done}")
         print(f"looked {watch.looks} times")

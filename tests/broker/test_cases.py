@@ -1374,3 +1374,78 @@ def test_the_first_worker_is_the_one_that_the_manager_orders_before_there_is_a_b
     from whitepool_mp.worker import nursery
 
     assert Broker(Policy(3, 1)).step(Start(), 0.0)[0] == Spawn(*nursery.FIRST)
+
+
+# Workers that have served for long enough
+
+
+def test_a_worn_worker_is_replaced_at_its_checkin_whoever_waits() -> None:
+    bench = Bench.ready(1)
+    grant = bench.lease()
+    assert same(bench.checkout(BOB), [])
+    worn = Checkin(grant.client, grant.lease, worn=True)
+    assert same(bench.step(worn), [Retire(1), Spawn(2, 0)])
+    (granted,) = bench.acts(WorkerReady(2))
+    assert isinstance(granted, Grant) and (granted.client, granted.worker) == (BOB, 2)
+    assert bench.counter("recycled") == 1
+
+
+def test_an_idle_worker_is_replaced_when_it_is_too_old() -> None:
+    bench = Bench.ready(2, max_lifetime=100.0)
+    assert bench.broker.next_deadline() == 100.0
+    assert same(bench.step(Tick(), at=99.0), [])
+    spawns = [Spawn(3, 0), Spawn(4, 1)]
+    assert same(bench.step(Tick(), at=100.0), [Retire(1), Retire(2), *spawns])
+
+
+def test_the_age_of_a_worker_begins_when_it_is_ready() -> None:
+    bench = Bench(1, max_lifetime=10.0)
+    bench.step(Start())
+    bench.step(WorkerReady(1), at=5.0)
+    assert same(bench.step(Tick(), at=14.0), [])
+    assert same(bench.step(Tick(), at=15.0), [Retire(1), Spawn(2, 0)])
+
+
+def test_a_leased_worker_serves_on_when_it_is_too_old_and_goes_then() -> None:
+    bench = Bench.ready(1, max_lifetime=10.0)
+    grant = bench.lease()
+    assert same(bench.step(Tick(), at=20.0), [])
+    assert bench.broker.next_deadline() is None, "it is said once"
+    assert same(bench.checkin(grant), [Retire(1), Spawn(2, 0)])
+
+
+def test_a_kept_lease_of_a_worker_that_is_too_old_is_recalled_and_comes_to_nobody() -> None:
+    bench = Bench.ready(1, 1, max_lifetime=10.0)
+    bench.keep(ALICE)
+    assert same(bench.step(Tick(), at=10.0), [Recall(1, 1)])
+    assert same(bench.checkout(BOB), [Spawn(2, 1)]), "who waits does not wait for that one"
+    assert same(bench.step(Released(1, 1)), [Retire(1)])
+
+
+def test_a_recalled_lease_that_grows_too_old_is_waited_for_no_longer() -> None:
+    bench = Bench.ready(1, 1, max_lifetime=10.0)
+    bench.keep(ALICE)
+    assert same(bench.checkout(BOB), [Recall(1, 1)])
+    assert same(bench.step(Tick(), at=10.0), [Spawn(2, 1)])
+
+
+def test_limits_are_drawn_for_each_worker_and_never_above_what_was_asked_for() -> None:
+    broker = Broker(Policy(50, 0, max_calls=10, max_rss=1000), rng=random.Random(1))
+    spawns = [effect for effect in broker.step(Start(), 0.0) if isinstance(effect, Spawn)]
+    assert {spawn.max_calls for spawn in spawns} == {9, 10}
+    assert all(800 <= spawn.max_rss <= 1000 for spawn in spawns)
+    assert len({spawn.max_rss for spawn in spawns}) > 25
+
+
+def test_one_call_is_always_one_call() -> None:
+    broker = Broker(Policy(50, 0, max_calls=1), rng=random.Random(1))
+    assert {effect.max_calls for effect in broker.step(Start(), 0.0)} == {1}  # type: ignore
+
+
+def test_what_is_known_of_workers_that_have_gone_does_not_pile_up() -> None:
+    bench = Bench.ready(1, max_lifetime=1000.0)
+    for number in range(1, 5000):
+        bench.lease()
+        bench.step(WorkerExited(number, "killed"))
+        bench.step(WorkerReady(number + 1))
+    assert len(bench.broker._ages._times) < 200

@@ -8,6 +8,7 @@ be in balance, and the broker's own account must agree with them.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -85,6 +86,9 @@ class W:
     dirty: bool = False
     # Spawned after the last lengthening of the backoff.
     fresh: bool = True
+    # Has served for long enough; from when on it has, once it is ready.
+    worn: bool = False
+    expires: float = math.inf
 
 
 @dataclass(eq=False)
@@ -135,6 +139,7 @@ class Observer:
         self.granted = 0
         self.late = 0
         self.released = 0
+        self.recycled = 0
         self.last_failure = ""
         # What this one step allows and requires.
         self.event: Event = Tick()
@@ -234,6 +239,7 @@ class Observer:
             for lease in self.leases:
                 if lease.id == event.lease and lease.ticket.client == event.client:
                     if isinstance(event, Checkin):
+                        self.wear(lease.worker, event.worn)
                         self.free(lease)
                     else:
                         self.soil(lease)
@@ -248,12 +254,13 @@ class Observer:
         elif isinstance(event, (Released, Busy)):
             self.late += 1
             for lease in self.leases:
-                if (lease.worker.id, lease.id) == event and lease.kept:
+                if (lease.worker.id, lease.id) == event[:2] and lease.kept:
                     if isinstance(event, Released):
                         self.released += 1
                         self.late -= 1
+                        self.wear(lease.worker, event.worn)
                         self.free(lease)
-                    elif lease.coming:
+                    elif lease.coming or lease.worker.worn:
                         self.late -= 1
                         lease.coming = False
         elif isinstance(event, WorkerReady):
@@ -262,6 +269,7 @@ class Observer:
                 if worker.id == event.worker:
                     worker.state = "idle"
                     worker.since = now
+                    worker.expires = now + self.policy.max_lifetime
                     self.idle.append(worker)
                     self.freed = worker
                     if self.attempt and self.unused_deaths <= self.limit:
@@ -289,6 +297,10 @@ class Observer:
                 if now >= worker.since + STOP_TIMEOUT:
                     self.may_kill.append(worker)
                     self.due_reports.append(("stop_overrun", worker.id))
+            for worker in self.live:
+                self.wear(worker, now >= worker.expires)
+            for lease in self.leases:
+                lease.coming = lease.coming and not lease.worker.worn
         elif isinstance(event, Resize):
             self.pool_size = event.pool_size
             self.limit = event.pool_size + event.max_overflow
@@ -306,6 +318,11 @@ class Observer:
             self.due_refusals = list(self.waiting)
             self.may_kill = [w for w in self.workers if w.state != "killed"]
 
+    def wear(self, worker: W, worn: bool) -> None:
+        if worn and not worker.worn:
+            worker.worn = True
+            self.recycled += 1
+
     def take_over(self) -> list[T]:
         """Another broker begins, with what the last one had written down; who has to ask again."""
         waiting, self.waiting = self.waiting, []
@@ -313,10 +330,14 @@ class Observer:
         self.closing = False
         self.finishing = set()
         self.attempt = self.unused_deaths = self.granted = self.late = self.released = 0
+        self.recycled = 0
         self.not_before = 0.0
         self.last_failure = ""
         for worker in self.workers:
             worker.fresh = True
+            worker.worn = False
+            if worker.state in ("idle", "leased"):
+                worker.expires = worker.born + self.policy.max_lifetime
         for lease in self.leases:
             lease.recalled = lease.coming = False
         self.leases.sort(key=lambda lease: (lease.worker.since, lease.id))
@@ -413,6 +434,7 @@ class Observer:
         self.last_worker = effect.worker
         slots = {worker.slot for worker in self.alive}
         assert effect.slot == min(set(range(self.limit)) - slots), "the lowest free slot"
+        assert effect[2:] == (self.policy.max_calls, self.policy.max_rss)
         assert len(self.alive) < self.limit, "growth above the limit"
         assert len(self.alive) < self.want, "growth without demand"
         if self.attempt:
@@ -425,6 +447,7 @@ class Observer:
         self.last_lease = effect.lease
         worker = self.find(effect.worker)
         assert not worker.dirty, "a dirty worker was granted again"
+        assert not worker.worn, "a worn worker was granted again"
         assert worker.state == "idle", f"granted while {worker.state}"
         assert len(self.alive) <= self.limit, "a surplus worker was granted"
         expected = self.idle[-1 if self.policy.strategy == "lifo" else 0]
@@ -455,13 +478,17 @@ class Observer:
         draining = isinstance(self.event, Drain)
         patient = draining and lease.ticket.spare_own
         assert effect.patient is patient, "jobs in flight are lost, or others wait for them"
-        assert demand or shrunk or draining, "recalled without a reason"
-        if draining or shrunk or self.recallable == self.unrecalled:
+        aged = isinstance(self.event, Tick) and lease.worker.worn
+        assert demand or shrunk or draining or aged, "recalled without a reason"
+        if aged:
+            assert not draining
+        elif draining or shrunk or self.recallable == self.unrecalled:
             assert lease is self.unrecalled[0], "not the longest kept"
         else:
             own = [x for x in self.unrecalled if x.ticket.client == lease.ticket.client]
             assert lease is own[0], "not the longest kept of its client"
-        lease.recalled = lease.coming = True
+        lease.recalled = True
+        lease.coming = not lease.worker.worn
         self.recalls += 1
 
     def enter_refuse(self, effect: Refuse) -> None:
@@ -479,7 +506,7 @@ class Observer:
             assert effect.why == ("factory_failed" if failing else "cancelled")
         elif effect.why == "full":
             assert not ticket.block
-            assert ticket is self.asking or isinstance(self.event, (Resize, Busy))
+            assert ticket is self.asking or isinstance(self.event, (Resize, Busy, Tick))
             assert not self.idle
             loose = self.coming + len(self.recallable)
             assert leased - loose + place >= self.limit, "refused as full though one may come"
@@ -523,8 +550,9 @@ class Observer:
         drained = self.closing and not self.waiting
         over = len(self.alive) > self.pool_size
         warm = self.now < worker.since + self.policy.overflow_ttl
-        assert surplus or drained or (over and not warm), "retired without a reason"
-        assert worker is self.freed or worker is self.idle[0], "not the longest idle"
+        assert worker.worn or surplus or drained or (over and not warm), "retired without a reason"
+        oldest = worker is self.freed or worker is self.idle[0]
+        assert oldest or worker.worn, "not the longest idle"
         self.idle.remove(worker)
         worker.state = "retiring"
         worker.since = self.now
@@ -588,6 +616,8 @@ class Observer:
             assert not self.recallable, "not recalled though somebody waits"
         assert not self.too_many_kept, "not recalled though they are too many"
         assert not (self.closing and self.unrecalled), "kept while the pool drains"
+        assert not any(worker.worn for worker in self.idle), "worn and not retired"
+        assert not any(lease.worker.worn for lease in self.unrecalled), "worn and not recalled"
         asking = self.asking
         if self.closing and asking is not None and asking.outcome in ("open", "granted"):
             assert asking.spare_own, "served though the pool drains"
@@ -622,6 +652,7 @@ class Observer:
             due += [w.since + self.policy.overflow_ttl for w in self.idle]
         if self.attempt and missing and not booting:
             due.append(self.not_before)
+        due += [w.expires for w in self.live if not w.worn and w.expires < math.inf]
         assert broker.next_deadline() == (min(due) if due else None)
         if self.waiting:
             assert booting or leased or due, "waits for nothing"
@@ -645,6 +676,7 @@ class Observer:
         assert status.counters["granted"] == self.granted
         assert status.counters["recalled"] == self.released
         assert status.counters["late_events"] == self.late
+        assert status.counters["recycled"] == self.recycled
         assert status.counters["spawned"] == self.last_worker - self.spawned_before
         holders = {lease.worker.id: lease for lease in self.leases}
         records = list(broker.workers())
@@ -663,6 +695,7 @@ class Observer:
             assert record.kept == (lease is not None and lease.kept)
             assert record.recalled == (lease is not None and lease.recalled)
             assert record.coming == (lease is not None and lease.coming)
+            assert record.worn == worker.worn
         kept = [lease.worker.id for lease in self.leases if lease.kept]
         assert [record.id for record in broker.kept_workers()] == kept
         for lease in self.leases:
@@ -682,6 +715,7 @@ class BrokerMachine(RuleBasedStateMachine):
         max_overflow=st.integers(0, 3),
         fifo=st.booleans(),
         ttl=st.sampled_from([0.0, 1.0]),
+        lifetime=st.sampled_from([math.inf, math.inf, 3.0, 20.0]),
         booted=st.booleans(),
         keepers=st.booleans(),
         lasting=st.booleans(),
@@ -693,6 +727,7 @@ class BrokerMachine(RuleBasedStateMachine):
         max_overflow: int,
         fifo: bool,
         ttl: float,
+        lifetime: float,
         booted: bool,
         keepers: bool,
         lasting: bool,
@@ -707,6 +742,9 @@ class BrokerMachine(RuleBasedStateMachine):
             stop_timeout=STOP_TIMEOUT,
             backoff_first=BACKOFF_FIRST,
             backoff_max=BACKOFF_MAX,
+            max_calls=7,
+            max_lifetime=lifetime,
+            max_rss=9 if fifo else 0,
         )
         self.lasting = lasting
         self.gentle = gentle
@@ -842,10 +880,10 @@ class BrokerMachine(RuleBasedStateMachine):
         self.send(Cancel(self.clients[pick % len(self.clients)], ticket))
 
     @precondition(lambda self: self.books.leases)
-    @rule(pick=PICK)
-    def checkin(self, pick: int) -> None:
+    @rule(pick=PICK, worn=st.sampled_from([False, False, True]))
+    def checkin(self, pick: int, worn: bool = False) -> None:
         lease = self.books.leases[pick % len(self.books.leases)]
-        self.send(Checkin(lease.ticket.client, lease.id))
+        self.send(Checkin(lease.ticket.client, lease.id, worn))
 
     @precondition(lambda self: self.books.leases)
     @rule()
@@ -957,10 +995,10 @@ class BrokerMachine(RuleBasedStateMachine):
         return [lease for lease in self.books.leases if lease.coming]
 
     @precondition(lambda self: self.coming())
-    @rule(pick=PICK)
-    def released_at_once(self, pick: int) -> None:
+    @rule(pick=PICK, worn=st.sampled_from([False, False, True]))
+    def released_at_once(self, pick: int, worn: bool) -> None:
         lease = self.coming()[pick % len(self.coming())]
-        self.send(Released(lease.worker.id, lease.id))
+        self.send(Released(lease.worker.id, lease.id, worn))
 
     @precondition(lambda self: self.coming())
     @rule(pick=PICK)

@@ -70,17 +70,19 @@ class Crew:
         self.loop = loop
         self.hands: dict[int, Hand] = {}
         self.spawned: list[float] = []
+        self.limits: dict[int, tuple[int, int]] = {}
         self.retired: list[int] = []
         self.recalled: list[tuple[int, int]] = []
         self.killed: dict[int, str | None] = {}
         self.on_spawn: Callable[[int], None] = lambda worker: None
         self.refuse: str | None = None
 
-    def spawn(self, worker: int, slot: int) -> str | None:
+    def spawn(self, worker: int, slot: int, max_calls: int, max_rss: int) -> str | None:
         self.spawned.append(self.loop.now)
         if self.refuse is not None:
             return self.refuse
         self.hands[worker] = Hand(worker, slot)
+        self.limits[worker] = (max_calls, max_rss)
         self.on_spawn(worker)
         return None
 
@@ -349,6 +351,24 @@ def test_a_checkin_of_another_s_lease_frees_nothing(make: Callable[..., Bench]) 
     assert bench.crew.killed == {}
     status = holder.ask(frames.STATUS)
     assert status["leased"] == 1 and status["counters"]["foreign_checkins"] == 2
+
+
+@pytest.mark.parametrize("worn", [False, True])
+def test_a_worker_whose_page_says_that_it_is_worn_retires_at_its_checkin(
+    make: Callable[..., Bench], worn: bool
+) -> None:
+    bench = make(pool_size=1, max_calls=10, max_rss=1000).start()
+    bench.ready()
+    ((calls, rss),) = bench.crew.limits.values()
+    assert 8 <= calls <= 10 and 800 <= rss <= 1000
+    holder = bench.join()
+    grant = holder.lease()
+    bench.crew.hands[grant.worker].page.words[pages.WORN] = worn
+    assert bench.crew.retired == []
+    holder.say(frames.checkin(grant.lease))
+    assert bench.crew.retired == [grant.worker] * worn
+    assert holder.ask(frames.STATUS)["counters"]["recycled"] == worn
+    assert len(bench.crew.spawned) == 1 + worn
 
 
 def test_a_non_blocking_checkout_is_refused_when_all_are_leased(

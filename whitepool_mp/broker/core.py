@@ -16,12 +16,14 @@ What becomes of a worker, by state and event:
     gone      late     late      late      .         late      .         .        .        .
     unborn    error    error     error     .         error     .         .        .        .
 
-      place   LEASED to the first waiter in time; else RETIRING if it is one too many; else IDLE
+      place   RETIRING if it is worn; else LEASED to the first waiter in time; else RETIRING if it
+              is one too many; else IDLE
       *       a failed start                    +     a crash
       late    a race: counted, ignored          .     does not happen
       error   BrokerError, and nothing changes  k     late if it is not about the kept lease it has
 
 Busy moves nobody; it is late where Released is, and when it is not the first answer to a Recall.
+max_lifetime after Ready makes IDLE into RETIRING and LEASED worn, as a Checkin or Released can say.
 Drain makes IDLE into RETIRING and BOOTING into KILLED once nobody waits. A Resize below what is
 alive kills BOOTING, then retires IDLE. Terminate makes everything KILLED.
 
@@ -59,6 +61,10 @@ The rules
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.
+12. A worn worker serves on under the lease that it is under, and retires when that ends. If the
+    lease is kept it is recalled; it is never coming, since it will serve nobody. Each worker's
+    limits are drawn when it is spawned (its age when it is ready), at most a fifth below those of
+    the policy, so that workers that began together are not worn together.
 
 Every event costs O(1) amortised, plus O(log limit) for a spawn's slot, whatever the number of
 workers and waiters; a client's end costs what it held. Drain and Resize may look at each worker and
@@ -111,7 +117,7 @@ class Broker(Moves):
 
     Args:
         policy: sizes, strategy and timeouts (seconds).
-        rng: the source of the backoff's jitter; seed one to make a run repeatable.
+        rng: the source of all jitter; seed one to make a run repeatable.
     """
 
     def __init__(self, policy: Policy, rng: random.Random | None = None) -> None:
@@ -162,6 +168,7 @@ class Broker(Moves):
             due = min(due, oldest(roster.retiring).since + policy.stop_timeout)
         if roster.idle and roster.alive > self._pool_size:
             due = min(due, oldest(roster.idle).since + policy.overflow_ttl)
+        due = min(due, self._ages.next())
         return due if due < math.inf else None
 
     def status(self) -> BrokerStatus:
@@ -290,7 +297,7 @@ class Broker(Moves):
     def _on_checkin(self, event: Checkin, now: float, out: list[Effect]) -> None:
         worker = self._held(event.client, event.lease)
         if worker is not None:
-            self._give_back(worker, now, out)
+            self._give_back(worker, now, out, event.worn)
 
     def _on_destroy(self, event: Destroy, now: float, out: list[Effect]) -> None:
         worker = self._held(event.client, event.lease)
@@ -316,6 +323,7 @@ class Broker(Moves):
         if self._starts.succeeded(self._limit):
             self._report("recovered", worker.id, "a worker started", out)
         self._roster.detach(worker)
+        self._ages.begin(worker, now)
         self._place(worker, now, out)
         self._settle(now, out)
 
@@ -331,14 +339,14 @@ class Broker(Moves):
         worker = self._kept(event)
         if worker is not None:
             self._counters["recalled"] += 1
-            self._give_back(worker, now, out)
+            self._give_back(worker, now, out, event.worn)
 
     def _on_busy(self, event: Busy, now: float, out: list[Effect]) -> None:
         worker = self._kept(event)
         if worker is not None and worker.coming:
             self._roster.keeps.detain(worker)
             self._settle(now, out)
-        elif worker is not None:
+        elif worker is not None and not worker.worn:
             self._counters["late_events"] += 1
 
     def _on_exited(self, event: WorkerExited, now: float, out: list[Effect]) -> None:
@@ -400,6 +408,8 @@ class Broker(Moves):
                 assert worker.client is not None
                 assert worker.ticket is not None
                 self._clients.setdefault(worker.client, {})[worker.ticket] = worker
+            if worker.state is IDLE or worker.state is LEASED:
+                self._ages.begin(worker, worker.born)
         self._shrink_kept(out)
         self._settle(now, out)
 
@@ -420,6 +430,8 @@ class Broker(Moves):
             reason = f"did not stop within {policy.stop_timeout:g} s"
             self._report("stop_overrun", worker.id, reason, out)
             self._kill(worker, reason, now, out)
+        for worker in self._ages.due(now):
+            self._age(worker, now, out)
         self._settle(now, out)
         self._trim(now, out)
 

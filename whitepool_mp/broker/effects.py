@@ -38,10 +38,14 @@ class Spawn(Record):
     Args:
         worker: its number, never used before.
         slot: its place among the living, 0 <= slot < limit; a replacement inherits it.
+        max_calls, max_rss: after how many calls, and from how many bytes of resident memory, it is
+            worn; 0 for never.
     """
 
     worker: int
     slot: int
+    max_calls: int = 0
+    max_rss: int = 0
 
 
 class Grant(Record):

@@ -107,10 +107,16 @@ class Cancel(Record):
 
 
 class Checkin(Record):
-    """A client gives a worker back, fit to serve the next one."""
+    """A client gives a worker back, clean.
+
+    Args:
+        client, lease: who, and which.
+        worn: whether it has served as many calls, or grown as large, as it may.
+    """
 
     client: int
     lease: int
+    worn: bool = False
 
 
 class Destroy(Record):
@@ -144,10 +150,16 @@ class WorkerFailed(Record):
 
 
 class Released(Record):
-    """A worker refuses all further calls under a kept lease: the answer to a `Recall`."""
+    """A worker refuses all further calls under a kept lease: the answer to a `Recall`.
+
+    Args:
+        worker, lease: which.
+        worn: as in `Checkin`.
+    """
 
     worker: int
     lease: int
+    worn: bool = False
 
 
 class Busy(Record):

@@ -61,10 +61,11 @@ class Keeps:
         self._by_client.setdefault(worker.client, OrderedDict())[worker.lease] = worker
 
     def recall(self, worker: Worker) -> None:
-        """Note that a lease is recalled, so that it is coming."""
+        """Note that a lease is recalled, so that it is coming, unless its worker is to retire."""
         self._forget(worker)
-        worker.recalled = worker.coming = True
-        self.coming += 1
+        worker.recalled = True
+        worker.coming = not worker.worn
+        self.coming += worker.coming
 
     def detain(self, worker: Worker) -> None:
         """Note that a lease which was coming is not, until a call has ended."""

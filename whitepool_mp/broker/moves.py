@@ -6,8 +6,10 @@ its effect; `_settle` then restores the balance of supply and demand, once, at t
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
+from whitepool_mp.broker.ages import Ages, spread
 from whitepool_mp.broker.backoff import Backoff
 from whitepool_mp.broker.effects import (
     Drained,
@@ -24,7 +26,7 @@ from whitepool_mp.broker.effects import (
 )
 from whitepool_mp.broker.roster import Roster
 from whitepool_mp.broker.starts import Starts
-from whitepool_mp.broker.state import KILLED, LEASED, RETIRING, Waiter, Worker
+from whitepool_mp.broker.state import IDLE, KILLED, LEASED, RETIRING, Waiter, Worker
 from whitepool_mp.broker.waitlist import Waitlist
 from whitepool_mp.policy import Policy
 
@@ -53,6 +55,7 @@ _COUNTERS = (
     "killed",
     "late_events",
     "recalled",
+    "recycled",
 )
 
 _REFUSED: dict[Why, str] = {
@@ -78,7 +81,7 @@ class Moves:
 
     Args:
         policy: sizes, strategy and timeouts (seconds).
-        rng: the source of the backoff's jitter.
+        rng: the source of jitter, in the backoff and in the limits of workers.
     """
 
     def __init__(self, policy: Policy, rng: random.Random) -> None:
@@ -91,6 +94,8 @@ class Moves:
         self._roster = Roster()
         self._waitlist = Waitlist()
         self._starts = Starts(Backoff(policy.backoff_first, policy.backoff_max), rng)
+        self._ages = Ages(policy.max_lifetime, self._roster.known, rng)
+        self._rng = rng
         # What each client has open: a Waiter, or the Worker it was granted, by ticket.
         self._clients: dict[int, dict[int, Waiter | Worker]] = {}
         self._counters = dict.fromkeys(_COUNTERS, 0)
@@ -113,7 +118,11 @@ class Moves:
         for _ in range(missing):
             worker = self._roster.add(now, self._starts.wave)
             self._counters["spawned"] += 1
-            out.append(Spawn(worker.id, worker.slot))
+            calls, rss = (
+                math.ceil(spread(limit, self._rng))
+                for limit in (self._policy.max_calls, self._policy.max_rss)
+            )
+            out.append(Spawn(worker.id, worker.slot, calls, rss))
 
     def _trim(self, now: float, out: list[Effect]) -> None:
         """Retire overflow that has been idle for long enough, longest idle first."""
@@ -224,16 +233,18 @@ class Moves:
             return worker
         return None
 
-    def _give_back(self, worker: Worker, now: float, out: list[Effect]) -> None:
+    def _give_back(self, worker: Worker, now: float, out: list[Effect], worn: bool = False) -> None:
         """Take a clean worker back from its holder."""
+        if worn:
+            self._wear(worker)
         self._detach(worker)
         self._place(worker, now, out)
         self._settle(now, out)
 
     def _place(self, worker: Worker, now: float, out: list[Effect]) -> None:
-        """Decide what a worker does that was detached, fit to serve."""
+        """Decide what a worker does that was detached, clean."""
         others = self._roster.alive
-        if others < self._limit:
+        if others < self._limit and not worker.worn:
             while self._waitlist:
                 waiter = self._waitlist.first()
                 self._unwait(waiter)
@@ -283,6 +294,22 @@ class Moves:
         assert worker.lease is not None
         self._roster.keeps.recall(worker)
         out.append(Recall(worker.id, worker.lease, patient))
+
+    def _wear(self, worker: Worker) -> None:
+        """Note that a worker has served for long enough."""
+        if not worker.worn:
+            self._counters["recycled"] += 1
+            worker.worn = True
+
+    def _age(self, worker: Worker, now: float, out: list[Effect]) -> None:
+        """A worker is too old to serve on: it retires now, or when its lease ends."""
+        self._wear(worker)
+        if worker.state is IDLE:
+            self._retire_idle(worker, now, out)
+        elif worker.coming:
+            self._roster.keeps.detain(worker)
+        elif worker.kept and not worker.recalled:
+            self._recall(worker, out)
 
     def _retire_idle(self, worker: Worker, now: float, out: list[Effect]) -> None:
         self._counters["retired"] += 1

@@ -60,6 +60,7 @@ class Worker:
         recalled: whether that lease is kept and was recalled.
         coming: whether it was recalled and is, for all that is known, free to be released.
         wave: which round of starts it belongs to; failures of one round count as one.
+        worn: whether it has served for long enough, and retires as soon as nobody has it.
     """
 
     __slots__ = (
@@ -77,6 +78,7 @@ class Worker:
         "state",
         "ticket",
         "wave",
+        "worn",
     )
 
     def __init__(self, number: int, slot: int, now: float, wave: int) -> None:
@@ -94,6 +96,7 @@ class Worker:
         self.recalled = False
         self.coming = False
         self.wave = wave
+        self.worn = False
 
     @property
     def alive(self) -> bool:

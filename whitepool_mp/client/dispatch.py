@@ -134,6 +134,7 @@ class Dispatcher(Endings):
             or not channel.page.ordered
             or channel.blocked
             or channel.page.is_recalled(lease.id)
+            or channel.page.worn
         ):
             self._roomy.pop(lease, None)
             return
@@ -145,6 +146,7 @@ class Dispatcher(Endings):
                 or not task.small
                 or len(lease.tasks) >= MOST_TASKS
                 or channel.number >= LAST_NUMBER
+                or lease.left <= 0
             ):
                 break
             load = lease.load + known * task.count

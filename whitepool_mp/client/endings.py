@@ -115,7 +115,8 @@ class Endings(Flights):
             return
         task = tasks[0]
         if not began:
-            task.deaths += 1
+            # Not a death if the worker had stopped in order, after the pool took it back.
+            task.deaths += channel is None or not channel.page.is_recalled(lease.id)
             if task.deaths < MAX_DEATHS and not lease.manual:
                 # If it is dead the manager knows nothing of this lease any more.
                 self._engine.say_destroyed(lease, "its channel broke")

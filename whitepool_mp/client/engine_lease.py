@@ -22,6 +22,7 @@ class EngineLease:
         tasks: what is in flight; the first call of the first one runs, or is about to.
         since: when that call became the first one, on the monotonic clock.
         load: how many seconds all of it will take, by what is known.
+        left: how many more calls may be sent to it.
         stuck: whether its first call takes long, so that nothing is sent behind it.
         watched: whether a look at how long its first call takes is due.
         ended: how it ended, None while it is good.
@@ -32,6 +33,7 @@ class EngineLease:
         "ended",
         "id",
         "keep",
+        "left",
         "load",
         "manual",
         "pid",
@@ -50,6 +52,7 @@ class EngineLease:
         self.tasks: deque[Task] = deque()
         self.since = 0.0
         self.load = 0.0
+        self.left = pages.UNLIMITED
         self.stuck = False
         self.watched = False
         self.ended: str | None = None

@@ -70,13 +70,26 @@ class Flights:
         lease.load += task.cost * task.count
         channel = lease.channel
         if channel is None:
-            channel = lease.channel = self._engine.channel(lease)
+            channel = self._engine.channel(lease)
+            if channel is not None:
+                self._meet(lease, channel)
         if channel is not None:
             self._send(lease, channel, task)
         elif len(lease.tasks) == 1:
             self._engine.set_deadline(lease)  # until it is sent: the manager may be stuck
 
+    def _meet(self, lease: EngineLease, channel: EngineChannel) -> None:
+        """There is a way to the worker, on whose page it says how many calls it has left."""
+        lease.channel = channel
+        if not lease.manual:
+            lease.left = max(1, channel.page.left)
+
     def _send(self, lease: EngineLease, channel: EngineChannel, task: Task) -> None:
+        rest = task.cut(lease.left)
+        if rest is not None:  # the worker will not serve that many
+            lease.load -= rest.cost * rest.count
+            self._pending.appendleft(rest)
+        lease.left -= task.count
         channel.lease = lease
         task.number = channel.number + 1
         channel.number += task.count
@@ -100,7 +113,7 @@ class Flights:
 
     def opened(self, lease: EngineLease, channel: EngineChannel) -> None:
         """The channel that a task waited for is there."""
-        lease.channel = channel
+        self._meet(lease, channel)
         for task in lease.tasks:
             self._send(lease, channel, task)
         if lease.tasks:
@@ -120,12 +133,13 @@ class Flights:
             return  # until the worker has passed what was taken back
         if lease.manual:
             return
-        worn = channel is not None and channel.number >= LAST_NUMBER
-        if lease.keep and not (worn or self.draining):
+        used_up = channel is not None and channel.number >= LAST_NUMBER
+        worn = channel is not None and (lease.left <= 0 or channel.page.worn)
+        if lease.keep and not (used_up or worn or self.draining):
             self.free[lease] = None
         else:
             self._check_in(lease)
-            if worn and channel is not None:
+            if used_up and channel is not None:
                 channel.number = 0
 
     def _check_in(self, lease: EngineLease) -> None:
@@ -162,6 +176,7 @@ class Flights:
             rest = task.cut(max(task.at, begun + 1 - task.number))
             if rest is not None:
                 lease.load -= rest.cost * rest.left
+                lease.left += rest.left
                 self._pending.appendleft(rest)
             if task.left and rest is not task:
                 break
@@ -180,6 +195,7 @@ class Flights:
         assert rest is not None
         self._pending.appendleft(rest)
         lease.load -= rest.cost * rest.left
+        lease.left += rest.left
         lease.tasks.popleft()
         self.running -= 1
         if lease.tasks:

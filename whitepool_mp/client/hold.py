@@ -133,6 +133,11 @@ class Hold:
         channel = self.channel
         return channel is not None and channel.page.words[pages.RECALLED] >= self.id
 
+    def is_worn(self) -> bool:
+        """Whether the worker has served for long enough, after a call."""
+        channel = self.channel
+        return channel is not None and channel.page.words[pages.WORN] != 0
+
     def recalled(self) -> Channel | None:
         """The pool has taken the worker back; the channel is of use to the next lease."""
         self.ended = RECALLED

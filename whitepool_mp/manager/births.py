@@ -15,6 +15,7 @@ from collections import deque
 from whitepool_mp.manager.hand import Hand, Listener, kill
 from whitepool_mp.manager.loop import READ, WRITE, Loop
 from whitepool_mp.manager.relay import Relay
+from whitepool_mp.wire import pages
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.kit import Kit
 from whitepool_mp.worker import nursery as nurseries
@@ -86,8 +87,11 @@ class Births:
     def __len__(self) -> int:
         return len(self._hands)
 
-    def spawn(self, worker: int, slot: int) -> str | None:
+    def spawn(self, worker: int, slot: int, max_calls: int, max_rss: int) -> str | None:
         """Order a new worker.
+
+        Args:
+            worker, slot, max_calls, max_rss: as the broker's `Spawn` says.
 
         Returns:
             None, or why there cannot be one now (no descriptors or no processes left).
@@ -110,6 +114,8 @@ class Births:
                 self._escrow.drop(worker)
                 kit.close()
             return f"the manager cannot start a worker: {type(error).__name__}: {error}"
+        hand.page.words[pages.MAX_CALLS] = max_calls
+        hand.page.words[pages.MAX_RSS] = max_rss
         self._hands[worker] = self._unborn[worker] = hand
         self.relay.add(hand)
         if kit.given:

@@ -66,7 +66,7 @@ MAX_OBITUARIES = 4096
 class Workers(Protocol):
     """What the manager needs of a crew; tests script one."""
 
-    def spawn(self, worker: int, slot: int) -> str | None: ...
+    def spawn(self, worker: int, slot: int, max_calls: int, max_rss: int) -> str | None: ...
     def retire(self, worker: int) -> None: ...
     def kill(self, worker: int, reason: str | None) -> None: ...
     def adopt(self, worker: int, channel: Socket) -> int: ...
@@ -98,6 +98,7 @@ class Manager:
         self._policy = policy
         self._books = books
         self._broker = Broker(policy)
+        self._wears = bool(policy.max_calls or policy.max_rss)
         self._loop = loop
         self._clock = clock
         self._crew: Workers
@@ -174,7 +175,7 @@ class Manager:
             if words[pages.DESTROYED] == lease:
                 self.apply(Destroy(record.client, lease, "its holder had it destroyed"))
             elif words[pages.RETURNED] == lease:
-                self.apply(Checkin(record.client, lease))
+                self.apply(Checkin(record.client, lease, hand.page.worn))
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -231,7 +232,7 @@ class Manager:
             if self._crew.recall(effect.worker, effect.lease, effect.patient):
                 self._events.append(Busy(effect.worker, effect.lease))
         elif isinstance(effect, Spawn):
-            problem = self._crew.spawn(effect.worker, effect.slot)
+            problem = self._crew.spawn(*effect)
             if problem is not None:
                 self._events.append(WorkerExited(effect.worker, problem))
         elif isinstance(effect, Retire):
@@ -307,7 +308,14 @@ class Manager:
         )
 
     def _on_checkin(self, client: Client, body: bytes) -> None:
-        self.apply(Checkin(client.id, frames.read_lease(body)[0]))
+        lease = frames.read_lease(body)[0]
+        worker = self._broker.lease_worker(client.id, lease) if self._wears else None
+        self.apply(Checkin(client.id, lease, self._worn(worker)))
+
+    def _worn(self, worker: int | None) -> bool:
+        """Whether a worker has said on its page that it has served for long enough."""
+        hand = None if worker is None else self._crew.hand(worker)
+        return hand is not None and hand.page.worn
 
     def _on_cancel(self, client: Client, body: bytes) -> None:
         self.apply(Cancel(client.id, frames.read_request(body)))
@@ -508,7 +516,7 @@ class Manager:
     def worker_released(self, worker: int, lease: int) -> None:
         """No call under this lease runs or will begin."""
         if self._broker.worker(worker) is not None:
-            self.apply(Released(worker, lease))
+            self.apply(Released(worker, lease, self._worn(worker)))
 
     def worker_exited(self, worker: int, obituary: Obituary) -> None:
         """A worker's process is gone."""

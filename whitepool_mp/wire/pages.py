@@ -66,6 +66,12 @@ DESTROYED = 17
 """... or gave up as dirty: what a manager had not heard when it was killed, the next one reads."""
 CHANNELS = 18
 """How many channels the worker was given."""
+WORN = 20
+"""Whether the worker has served for long enough, by one of these:"""
+MAX_CALLS = 21
+"""after how many calls it has, 0 for never, ..."""
+MAX_RSS = 22
+"""... and from how many bytes of resident memory. The manager writes both before the first call."""
 SLOTS = 240
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
@@ -78,6 +84,9 @@ STACKS_NOW = 59
 which is hardly anybody's, and so is the next one."""
 STACKS_SOON = 60
 """At this one it does so between two steps of Python code."""
+
+UNLIMITED = 1 << 62
+"""How many calls are left where there is no limit."""
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
@@ -145,6 +154,17 @@ class Page:
     def rss(self) -> int | None:
         """The worker's resident memory when it was last looked at, in bytes."""
         return self.words[RSS] or None
+
+    @property
+    def worn(self) -> bool:
+        """Whether the worker has served for long enough, and is to be given back."""
+        return bool(self.words[WORN])
+
+    @property
+    def left(self) -> int:
+        """How many calls the worker may still begin, while none is on its way to it."""
+        words = self.words
+        return words[MAX_CALLS] - words[CALLS] if words[MAX_CALLS] else UNLIMITED
 
     def recall(self, lease: int) -> bool:
         """Take a lease back: no call under it begins from now on.

@@ -52,11 +52,22 @@ class Answers:
         self._more = False  # whether another call follows at once
         self._fence = 0  # the newest lease
         self._calls = 0  # how many have begun
+        self._max_calls = pages.UNLIMITED
+        self._max_rss = 0
+
+    def set_limits(self) -> None:
+        """Take up what the manager has written about when this worker has served for long enough:
+        it has done so before it hands it a channel."""
+        self._max_calls = self._words[pages.MAX_CALLS] or pages.UNLIMITED
+        self._max_rss = self._words[pages.MAX_RSS]
 
     def measure(self) -> None:
-        """Note how much memory this process has now, for whoever will ask after its death."""
+        """Note how much memory this process has now, for whoever will ask after its death, and
+        whether that is too much."""
         if size := linux.resident():
             self._words[RSS] = size
+            if self._max_rss and size >= self._max_rss:
+                self._words[pages.WORN] = 1
 
     def _answer_in_pieces(
         self, channel: Channel, pieces: list[bytes | memoryview], took: int = SHORT
@@ -68,7 +79,7 @@ class Answers:
         if self._copied:
             os._exit(1)
         self._send_unsent(channel)
-        if took > SHORT:
+        if took > SHORT or self._max_rss:
             self.measure()
         last = memoryview(pieces[-1]).cast("B")
         messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
@@ -85,6 +96,8 @@ class Answers:
         if took >= SHORT:
             self._answer_long(channel, data, took)
             return
+        if self._max_rss:
+            self.measure()
         if (self._more or channel.reader.more) and self._put(data):
             self._words[ENDED] = self._calls
             return
@@ -94,7 +107,7 @@ class Answers:
 
     def _answer_long(self, channel: Channel, data: bytes | memoryview, took: int) -> None:
         """Send the answer of a call that took long, or of which that is not known (`SHORT`)."""
-        if took > SHORT:
+        if took > SHORT or self._max_rss:
             self.measure()
         if self._unsent:
             self._send_unsent(channel)

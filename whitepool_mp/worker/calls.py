@@ -18,7 +18,7 @@ import time
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
-from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, Page
+from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, WORN, Page
 from whitepool_mp.worker.answers import SHORT, Answers, Channel
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
@@ -71,6 +71,8 @@ class Calls(Answers):
         if words[RECALLED] < lease:
             if not words[skip] < token <= words[skip + 1]:
                 self._calls = calls
+                if calls >= self._max_calls:
+                    words[WORN] = 1
                 return 0
             why = messages.SKIPPED
         else:
@@ -270,6 +272,8 @@ class Calls(Answers):
     def _flush(self, channel: Channel, bulk: Bulk, following: int, ended: bool = False) -> None:
         """Send the results that lie in shared memory; with `ended` no call follows."""
         data = bulk.message()
+        if data is not None and self._max_rss:
+            self.measure()
         if data is not None and ended:
             self._transmit(channel, data)
         elif data is not None:

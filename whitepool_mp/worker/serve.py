@@ -93,6 +93,7 @@ class Server(Calls):
                 skip = pages.slot_words(frames.read_lease(body)[0])
                 self._channels[sock.fileno()] = Channel(sock, skip)
                 self._poll.register(sock.fileno(), select.EPOLLIN)
+                self.set_limits()
             elif body[0] == frames.RECALL:
                 lease, patient = frames.read_recall(body)
                 if patient:
