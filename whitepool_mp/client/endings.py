@@ -106,17 +106,17 @@ class Endings(Flights):
         tasks = self._withdraw(lease)
         lease.ended = LOST
         self._forget(lease)
-        began = (
-            bool(tasks) and channel is not None and channel.began(lease.id, tasks[0].next_number)
-        )
+        began, died = False, True
+        if tasks and channel is not None:
+            began = channel.began(lease.id, tasks[0].next_number)
+            died = not channel.page.is_recalled(lease.id)  # else it may have stopped in order
         self._engine.drop(lease)
         if not tasks:
             self._engine.say_destroyed(lease, "its channel broke")
             return
         task = tasks[0]
         if not began:
-            # Not a death if the worker had stopped in order, after the pool took it back.
-            task.deaths += channel is None or not channel.page.is_recalled(lease.id)
+            task.deaths += died
             if task.deaths < MAX_DEATHS and not lease.manual:
                 # If it is dead the manager knows nothing of this lease any more.
                 self._engine.say_destroyed(lease, "its channel broke")
