@@ -175,8 +175,8 @@ class Walk:
             start_method=given.start_method,
             preload=self._preload,
             overflow_ttl=1.0,
-            max_calls=300,
-            max_lifetime=6.0,
+            max_calls=50,
+            max_lifetime=3.0,
         ).run_service()
         watch = Watch(session)
         self._wrong += filter(None, [watch.whole()])
