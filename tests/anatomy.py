@@ -70,6 +70,14 @@ def gone(*expected: psutil.Process, seconds: float = 10.0) -> None:
     until(lambda: all(ended(process) for process in expected), seconds)
 
 
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def elapsed(since: float) -> float:
     """Seconds since a time of the monotonic clock."""
     return time.monotonic() - since

@@ -1,4 +1,7 @@
-"""What every test gets: a hang guard, and a check that nothing is left behind."""
+"""What every test gets: a hang guard, and a check that nothing is left behind.
+
+And what many ask for: pools, executors and threads.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from anatomy import workers
 from support import descriptors, files, last_pid, pids, processes
+
+from whitepool_mp import Executor, Pool, Session
+from whitepool_mp.executor import SessionExecutor
 
 HANG_SECONDS = 120
 _stderr = pytest.StashKey[int]()
@@ -75,3 +83,32 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def start_method(request: pytest.FixtureRequest) -> str:
     """Each way of starting workers."""
     return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads to block in."""
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+@pytest.fixture
+def session(start_method: str, threads: ThreadPoolExecutor) -> Iterator[Session]:
+    """A pool of two workers, both ready. Its end lets go of whoever waits in `threads`."""
+    running = Pool(2, start_method=start_method).run_service()
+    try:
+        workers(running, 2)
+        yield running
+    finally:
+        running.terminate()
+
+
+@pytest.fixture(params=["own", "borrowed"])
+def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
+    """One with a pool of its own, and one over a running pool."""
+    if request.param == "own":
+        with Executor(2) as own:
+            yield own
+    else:
+        with Pool(2) as running, running.executor() as borrowed:
+            yield borrowed

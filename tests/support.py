@@ -10,6 +10,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import psutil
 import pytest
@@ -141,3 +143,15 @@ def sibling(session: Session, folder: os.PathLike[str]) -> Iterator[None]:
         os.write(fd, b"unharmed")
     assert future.result(timeout=10) == "unharmed"
     whole(session)
+
+
+def gated(executor: Executor, folder: Path) -> tuple[Future[int], int]:
+    """A running job that gives 42, and the descriptor whose closing lets it end."""
+    import errands
+
+    number = len(list(folder.iterdir()))
+    ran, pipe = folder / f"ran-{number}", folder / f"pipe-{number}"
+    os.mkfifo(pipe)
+    future = executor.submit(errands.trace_then_wait, ran, 42, pipe)
+    until(lambda: errands.run_count(ran))
+    return future, os.open(pipe, os.O_WRONLY)

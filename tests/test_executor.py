@@ -31,17 +31,6 @@ def session() -> Iterator[Session]:
         yield running
 
 
-@pytest.fixture(params=["own", "borrowed"])
-def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
-    """One with a pool of its own, and one over a running pool."""
-    if request.param == "own":
-        with Executor(2) as own:
-            yield own
-    else:
-        with Pool(2) as running, running.executor() as borrowed:
-            yield borrowed
-
-
 # --- submit and map ---------------------------------------------------------------------------
 
 

@@ -26,7 +26,6 @@ from support import until, whole
 
 from whitepool_mp import (
     Executor,
-    Pool,
     RemoteTraceback,
     SerializationError,
     WorkerDied,
@@ -36,16 +35,6 @@ from whitepool_mp.executor import SessionExecutor
 SOON = 20.0
 BIG = 1 << 20
 """Bytes: more than a socket holds."""
-
-
-@pytest.fixture(params=["own", "borrowed"])
-def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
-    if request.param == "own":
-        with Executor(2) as own:
-            yield own
-    else:
-        with Pool(2) as running, running.executor() as borrowed:
-            yield borrowed
 
 
 def whole_again(executor: SessionExecutor) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,13 @@ from typing import Any
 import deeds
 import errands
 import pytest
-from support import processes, until
+from support import gated, processes, until
 from user_script import script
 
 from whitepool_mp import Executor, Pool, Session, WorkerDied
 from whitepool_mp.executor import SessionExecutor
 
 SOON = 20.0
-
-
-@pytest.fixture(params=["own", "borrowed"])
-def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
-    if request.param == "own":
-        with Executor(2) as own:
-            yield own
-    else:
-        with Pool(2) as running, running.executor() as borrowed:
-            yield borrowed
-
-
-def gated(executor: SessionExecutor, folder: Path) -> tuple[Any, int]:
-    """A running job, and the descriptor whose closing lets it end."""
-    number = len(list(folder.iterdir()))
-    ran, pipe = folder / f"ran-{number}", folder / f"pipe-{number}"
-    os.mkfifo(pipe)
-    future = executor.submit(errands.trace_then_wait, ran, 42, pipe)
-    until(lambda: errands.run_count(ran))
-    return future, os.open(pipe, os.O_WRONLY)
 
 
 # --- what is queued ---------------------------------------------------------------------------

@@ -21,22 +21,12 @@ from typing import Any
 import deeds
 import errands
 import pytest
-from support import until
+from support import gated, until
 
-from whitepool_mp import Executor, Pool, PoolClosed, WorkerDied
+from whitepool_mp import Executor, PoolClosed, WorkerDied
 from whitepool_mp.executor import SessionExecutor
 
 SOON = 20.0
-
-
-@pytest.fixture(params=["own", "borrowed"])
-def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
-    if request.param == "own":
-        with Executor(2) as own:
-            yield own
-    else:
-        with Pool(2) as running, running.executor() as borrowed:
-            yield borrowed
 
 
 Gate = Callable[[], tuple[Future[Any], Callable[[], None]]]
@@ -48,11 +38,7 @@ def held(executor: SessionExecutor, tmp_path: Path) -> Iterator[Gate]:
     ends: list[Callable[[], None]] = []
 
     def make() -> tuple[Future[Any], Callable[[], None]]:
-        ran, pipe = tmp_path / f"ran-{len(ends)}", tmp_path / f"pipe-{len(ends)}"
-        os.mkfifo(pipe)
-        future = executor.submit(errands.trace_then_wait, ran, 42, pipe)
-        until(lambda: errands.run_count(ran))
-        fd = os.open(pipe, os.O_WRONLY)
+        future, fd = gated(executor, tmp_path)
         gone: list[bool] = []
 
         def let_go() -> None:

@@ -11,16 +11,15 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deeds
 import psutil
 import pytest
-from anatomy import elapsed, gone, kill, manager, no_successor, nursery, workers
+from anatomy import elapsed, gone, kill, lives, manager, no_successor, nursery, workers
 from support import until, whole
-from user_script import script
+from user_script import all_gone, script
 
 from whitepool_mp import (
     CallTimeout,
@@ -34,24 +33,6 @@ from whitepool_mp import (
 )
 
 SOON = 20.0
-
-
-@pytest.fixture
-def session(start_method: str, threads: ThreadPoolExecutor) -> Iterator[Session]:
-    """A pool of two workers, both ready. Its end lets go of whoever waits in `threads`."""
-    running = Pool(2, start_method=start_method).run_service()
-    try:
-        workers(running, 2)
-        yield running
-    finally:
-        running.terminate()
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads to block in."""
-    with ThreadPoolExecutor(16) as executor:
-        yield executor
 
 
 def noted(path: Path) -> Counter[int]:
@@ -346,13 +327,6 @@ def test_workers_that_were_taken_over_are_looked_after(session: Session, tmp_pat
     whole(session)
 
 
-def lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_client_killed_with_the_manager_is_not_waited_for(
     session: Session, start_method: str
 ) -> None:
@@ -430,8 +404,7 @@ def test_the_owner_killed_after_a_takeover_leaves_nothing(start_method: str, wit
         victims = [psutil.Process(owner.pid)] + [psutil.Process(boss)] * with_it
         kill(*victims)
         owner.process.wait()
-        until(lambda: not any(map(lives, [*told["pids"], boss])))
-        until(lambda: not os.path.exists(told["folder"]))
+        all_gone(told | {"pids": [*told["pids"], boss]})
 
 
 def test_the_owner_killed_during_a_takeover_leaves_nothing(start_method: str) -> None:
@@ -441,8 +414,7 @@ def test_the_owner_killed_during_a_takeover_leaves_nothing(start_method: str) ->
         told, boss = owner.hear()
         os.kill(owner.pid, signal.SIGKILL)
         owner.process.wait()
-        until(lambda: not any(map(lives, [*told["pids"], boss])))
-        until(lambda: not os.path.exists(told["folder"]))
+        all_gone(told | {"pids": [*told["pids"], boss]})
 
 
 def test_a_pool_ended_during_a_takeover_leaves_nothing(start_method: str) -> None:

@@ -48,13 +48,6 @@ def new_pool(start_method: str) -> NewPool:
     return make
 
 
-@pytest.fixture
-def threads() -> ThreadPoolExecutor:
-    """Threads to block in."""
-    with ThreadPoolExecutor(16) as executor:
-        yield executor
-
-
 def folder(session: Session) -> Path:
     return Path(session._member.path).parent
 

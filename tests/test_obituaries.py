@@ -222,6 +222,55 @@ def test_what_python_says_at_a_fatal_error_is_told(one: Session) -> None:
     assert error.stderr is not None and "in a teardown of sorts" in error.stderr
 
 
+@pytest.mark.parametrize("how", ["crash", "exception", "stacks"])
+def test_the_code_of_a_script_is_told_by_its_own_file_and_line(
+    start_method: str, how: str, tmp_path: Path
+) -> None:
+    """It travels by value, and keeps the name of its file."""
+    script = tmp_path / "of_a_user.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""\
+            import sys, time
+            import deeds
+            from whitepool_mp import Pool
+            def crash():
+                deeds.segfault()
+            def exception():
+                [1 / number for number in (1, 0)]
+            def stacks():
+                time.sleep(1000)
+            class Mine:
+                def method(self):
+                    return (lambda: {how}())()
+            if __name__ == "__main__":
+                with Pool(1, start_method={start_method!r}) as session:
+                    future = session.submit(Mine().method)
+                    if {how!r} == "stacks":
+                        while "in stacks" not in (text := session.stacks()[0].stack):
+                            pass
+                    elif {how!r} == "crash":
+                        text = future.exception({T}).stack
+                    else:
+                        text = str(future.exception({T}).__cause__)
+                    sys.stdout.write(text)
+                    session.terminate()
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=ENV
+    )
+    assert done.returncode == 0, done
+    own = re.findall(rf'File "{re.escape(str(script))}", line (\d+),? in (\S+)', done.stdout)
+    line = {"crash": "5", "exception": "7", "stacks": "9"}[how]
+    # The interpreter may show a comprehension as a frame of its own.
+    assert {(line, how), ("12", "<lambda>"), ("12", "method")} <= set(own), done.stdout
+    assert "dynamic" not in done.stdout
+    if how == "exception":
+        assert "    [1 / number for number in (1, 0)]\n" in done.stdout
+
+
 def test_whoever_keeps_the_pipe_open_holds_nothing_up(one: Session, tmp_path: Path) -> None:
     """A process that left its worker, and keeps every descriptor of it."""
     path = str(tmp_path / "stray")

@@ -10,15 +10,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import psutil
 import pytest
-from anatomy import elapsed, gone, kill, manager, nursery, workers
+from anatomy import elapsed, gone, kill, lives, manager, nursery, workers
 from support import until
-from user_script import script
+from user_script import all_gone, script
 
 from whitepool_mp import (
     AuthenticationFailed,
@@ -32,40 +30,6 @@ from whitepool_mp.client.link import Link
 from whitepool_mp.wire import frames
 
 SOON = 10.0
-
-
-@pytest.fixture
-def session(start_method: str) -> Iterator[Session]:
-    """A pool of two workers, both ready."""
-    running = Pool(2, start_method=start_method).run_service()
-    try:
-        workers(running, 2)
-        yield running
-    finally:
-        running.terminate()
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads to block in."""
-    with ThreadPoolExecutor(16) as executor:
-        yield executor
-
-
-def all_gone(told: dict[str, Any]) -> None:
-    """Check that nothing is left of the pool of a script that told its `cast`."""
-
-    def over() -> bool:
-        """no process and no folder of the pool left"""
-        return not any(map(lives, told["pids"])) and not os.path.exists(told["folder"])
-
-    until(over)
-
-
-def lives(pid: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 # --- the owner --------------------------------------------------------------------------------

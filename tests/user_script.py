@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anatomy import lives
+from support import until
 
 from whitepool_mp import Session
 
@@ -170,3 +172,13 @@ def script(
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def all_gone(told: dict[str, Any]) -> None:
+    """Check that nothing is left of the pool of a script that told its `cast`."""
+
+    def over() -> bool:
+        """no process and no folder of the pool left"""
+        return not any(map(lives, told["pids"])) and not os.path.exists(told["folder"])
+
+    until(over)

@@ -17,6 +17,7 @@ import pytest
 from whitepool_mp.broker import Drain, Terminate
 from whitepool_mp.client.link import Handshake
 from whitepool_mp.config import Policy
+from whitepool_mp.manager.books import Books
 from whitepool_mp.manager.clients import (
     HANDSHAKE_SECONDS,
     MAX_SILENT,
@@ -28,6 +29,8 @@ from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
 from whitepool_mp.wire import frames, pages
+from whitepool_mp.wire import ledger as ledgers
+from whitepool_mp.wire.ledger import Ledger
 
 KEY = b"k" * frames.KEY_BYTES
 
@@ -136,8 +139,14 @@ class Bench:
         self.listener.listen(1024)
         self.crew = Crew(self.loop)
         sizes = {"pool_size": 2, "max_overflow": 0} | policy
-        self.manager = Manager(Policy(**sizes), self.loop, self.loop.clock)
-        self.door = Door(self.listener, KEY, self.loop, self.manager, self.loop.clock)
+        fd = ledgers.create()
+        self.ledger = Ledger(fd)
+        os.close(fd)
+        self.ledger.words[ledgers.LAUNCHED] = 1
+        books = Books(self.ledger)
+        clock = self.loop.clock
+        self.manager = Manager(Policy(**sizes), self.loop, clock, books)
+        self.door = Door(self.listener, KEY, self.loop, self.manager, clock, books)
         self.guests: list[Guest] = []
 
     def start(self) -> Bench:
@@ -195,6 +204,7 @@ class Bench:
         self.door.close()
         for worker in list(self.crew.hands):
             self.crew.bury(worker)
+        self.ledger.close()
         self.loop.close()
 
 

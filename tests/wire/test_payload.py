@@ -209,6 +209,18 @@ def test_what_a_script_defines_travels_by_value() -> None:
     assert same is function
 
 
+def test_code_that_travels_by_value_keeps_its_file_and_lines() -> None:
+    def outer() -> tuple[Any, ...]:
+        return (lambda: 1).__code__, sys._getframe().f_code
+
+    here = outer.__code__
+    for data in (payload.dumps(outer)[0], payload.dumps_inside(outer)):
+        inner, code = payload.loads(data)()
+        assert (code.co_filename, code.co_firstlineno) == (__file__, here.co_firstlineno)
+        assert (inner.co_filename, inner.co_firstlineno) == (__file__, here.co_firstlineno + 1)
+        assert code == here and list(code.co_lines()) == list(here.co_lines())
+
+
 def test_text_that_merely_mentions_main_comes_back_too() -> None:
     assert round_trip("if __name__ == '__main__'") == "if __name__ == '__main__'"
 

@@ -104,7 +104,7 @@ class Door:
         loop: Loop,
         audience: Audience,
         clock: Callable[[], float],
-        books: Books | None = None,
+        books: Books,
     ) -> None:
         self._books = books
         self._absent: dict[int, tuple[Client, int]] = {}  # by link, with a pidfd
@@ -148,8 +148,7 @@ class Door:
             except OSError:
                 pidfd = None  # no descriptor to watch it with: it counts as gone
             if pidfd is None:
-                if self._books is not None:
-                    self._books.left(client)
+                self._books.left(client)
                 continue
             self.clients[client.id] = client
             self._absent[client.link] = client, pidfd
@@ -159,8 +158,7 @@ class Door:
         """The process of an absent client has ended."""
         self._not_absent(client.link)
         if self.clients.pop(client.id, None) is not None:
-            if self._books is not None:
-                self._books.left(client)
+            self._books.left(client)
             self._audience.client_gone(client)
 
     def _not_absent(self, link: int) -> Client | None:
@@ -269,8 +267,7 @@ class Door:
                 item.close()
         client.unsent.clear()
         if self.clients.pop(client.id, None) is not None:
-            if self._books is not None:
-                self._books.left(client)
+            self._books.left(client)
             self._audience.client_gone(client)
 
     def close(self) -> None:
@@ -406,13 +403,10 @@ class Door:
         if known is not None:
             client.id = known.id
         self.clients[client.id] = client
-        generation = 1
-        if self._books is not None:
-            generation = self._books.generation
-            self._books.joined(client)
+        self._books.joined(client)
         self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
-        self.send(client, frames.welcome(proof, generation))
+        self.send(client, frames.welcome(proof, self._books.generation))
 
 
 class _Copy:

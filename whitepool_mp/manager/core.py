@@ -93,7 +93,7 @@ class Manager:
     """
 
     def __init__(
-        self, policy: Policy, loop: Loop, clock: Callable[[], float], books: Books | None = None
+        self, policy: Policy, loop: Loop, clock: Callable[[], float], books: Books
     ) -> None:
         self._policy = policy
         self._books = books
@@ -131,8 +131,7 @@ class Manager:
     def start(self, crew: Workers, door: Door) -> None:
         """Begin: order the first workers."""
         self._crew, self._door = crew, door
-        if self._books is not None:
-            self._books.sizes(self._policy.pool_size, self._policy.max_overflow)
+        self._books.sizes(self._policy.pool_size, self._policy.max_overflow)
         self.apply(Start())
 
     def resume(self, crew: Workers, door: Door, past: Past, lost: dict[int, Obituary]) -> None:
@@ -214,9 +213,8 @@ class Manager:
         try:
             while self._events:
                 effects = broker.step(self._events.popleft(), self._clock())
-                if books is not None:
-                    for worker in broker.changed():
-                        books.note(worker, broker.worker(worker.id) is not None)
+                for worker in broker.changed():
+                    books.note(worker, broker.worker(worker.id) is not None)
                 for effect in effects:
                     self._perform(effect)
         finally:
@@ -248,8 +246,7 @@ class Manager:
         if client is None or hand is None:
             return  # its end is an event that is on its way
         self._sites[effect.worker] = client.sites.pop(effect.ticket, "")
-        if self._books is not None:
-            self._books.waiting(client)
+        self._books.waiting(client)
         self._door.send(
             client,
             frames.grant(
@@ -262,8 +259,7 @@ class Manager:
         if client is None:
             return
         client.sites.pop(effect.ticket, None)
-        if self._books is not None:
-            self._books.waiting(client)
+        self._books.waiting(client)
         detail = effect.detail
         if effect.why != "factory_failed":
             detail = self._summary()
@@ -299,8 +295,7 @@ class Manager:
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
         client.sites[asked.request] = asked.site
-        if self._books is not None:
-            self._books.waiting(client)
+        self._books.waiting(client)
         self.apply(
             Checkout(
                 client.id, asked.request, asked.block, asked.deadline, asked.keep, asked.spare_own
@@ -377,10 +372,6 @@ class Manager:
         free = sum(hand is not None and not hand.page.busy() for hand in hands)
         return status._replace(idle=status.idle + free, leased=status.leased - free)
 
-    def _succession(self) -> dict[str, int]:
-        books = self._books
-        return {} if books is None else {"managers_lost": books.generation - 1}
-
     def _on_status(self, client: Client, body: bytes) -> None:
         status = self._status()
         value = {
@@ -400,7 +391,7 @@ class Manager:
                 **status.counters,
                 **self._door.counters,
                 **self._crew.counters,
-                **self._succession(),
+                "managers_lost": self._books.generation - 1,
             },
         }
         self._door.send(client, frames.reply(frames.read_request(body), value))
@@ -434,8 +425,7 @@ class Manager:
         number, pool_size, max_overflow = frames.read_resize(body)
         if not 1 <= pool_size <= pool_size + max_overflow <= MAX_WORKERS:
             raise ProtocolError(f"a resize to {pool_size}+{max_overflow} workers")
-        if self._books is not None:
-            self._books.sizes(pool_size, max_overflow)
+        self._books.sizes(pool_size, max_overflow)
         self.apply(Resize(pool_size, max_overflow))
         self._door.send(client, frames.reply(number, True))
 
@@ -444,16 +434,14 @@ class Manager:
         self._drain()
 
     def _drain(self) -> None:
-        if self._books is not None:
-            self._books.draining(terminated=False)
+        self._books.draining(terminated=False)
         for each in list(self._door.clients.values()):
             self._door.send(each, frames.draining())
         self.apply(Drain())
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
-        if self._books is not None:
-            self._books.draining(terminated=True)
+        self._books.draining(terminated=True)
         self.apply(Terminate())
 
     # --- after another manager ------------------------------------------------------------
@@ -490,8 +478,7 @@ class Manager:
 
     def worker_born(self, worker: int, pid: int) -> None:
         """A worker's process exists."""
-        if self._books is not None:
-            self._books.born(worker, pid)
+        self._books.born(worker, pid)
 
     def worker_ready(self, worker: int) -> None:
         """A factory returned."""

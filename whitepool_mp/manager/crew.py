@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from whitepool_mp.manager.books import Process
+    from whitepool_mp.manager.hand import Listener
+    from whitepool_mp.manager.loop import Loop
+    from whitepool_mp.wire.boot import Boot
+    from whitepool_mp.wire.escrow import Escrow
+    from whitepool_mp.wire.kit import Kit
 else:
     import _signal as signal  # as in `worker.linux`
 
@@ -47,13 +52,29 @@ class Crew(Births):
     """Every worker process of the pool, and the nursery they come from.
 
     Args:
-        args: as for `Births`.
+        boot, loop, listener, clock, lifeline, escrow, start_timeout, nursery, first: as for
+            `Births`.
         follows: whether there was a manager before this one, which may have left processes that are
             not this one's children.
     """
 
-    def __init__(self, *args: Any, follows: bool = False) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        boot: Boot,
+        loop: Loop,
+        listener: Listener,
+        clock: Callable[[], float],
+        lifeline: int,
+        escrow: Escrow,
+        start_timeout: float,
+        nursery: tuple[int, Socket],
+        first: tuple[Kit, int | None] | None,
+        *,
+        follows: bool,
+    ) -> None:
+        super().__init__(
+            boot, loop, listener, clock, lifeline, escrow, start_timeout, nursery, first
+        )
         self._oom = OomKills(self._clock)
         self._stacks: Any = None  # a `Stacks`, made when it is first wanted
         self._sweep_due = False

@@ -56,10 +56,10 @@ def dumps(value: Any) -> Dumped:
             return pickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
     except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
         pass
-    import cloudpickle
+    from whitepool_mp.wire import by_value
 
     buffers.clear()
-    return cloudpickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
+    return by_value.dumps(value, _sorter(buffers)), buffers
 
 
 def _beside(value: Any) -> Any:
@@ -106,10 +106,9 @@ def dumps_inside(value: Any) -> bytes:
             return data
     except Exception:  # as above
         pass
-    import cloudpickle
+    from whitepool_mp.wire import by_value
 
-    result: bytes = cloudpickle.dumps(value, 5)
-    return result
+    return by_value.dumps(value)
 
 
 loads = pickle.loads

@@ -193,7 +193,7 @@ class _Nursery:
             if not self._preload():
                 return
             if b"cloudpickle" in (self._boot.factory or b""):
-                import cloudpickle  # noqa: F401
+                from whitepool_mp.wire import by_value  # noqa: F401
         # What is there stays: no worker looks it through for garbage, and so copies no page of it.
         gc.freeze()
         gc.enable()
@@ -243,7 +243,7 @@ class _Nursery:
         """Nothing to do just now: import what the next workers may want."""
         self._import_usual()
         if self._boot.start_method == "forkserver":
-            import cloudpickle  # noqa: F401
+            from whitepool_mp.wire import by_value  # noqa: F401
 
             gc.freeze()
 

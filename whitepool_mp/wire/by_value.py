@@ -1,0 +1,48 @@
+"""Pickling by value: cloudpickle, but code keeps the name of the file that it is from.
+
+Since 3.1 cloudpickle writes "<dynamic-code>" in its place, for pickles that are the same wherever a
+function was defined. Here the name is wanted: tracebacks, and the stack of a worker that crashed,
+show it. A module of its own, since cloudpickle is imported only where something needs it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import ChainMap
+from types import CodeType
+
+import cloudpickle
+
+TYPE_CHECKING = False  # as in `wire.boot`
+if TYPE_CHECKING:
+    import pickle
+    from collections.abc import Callable, Mapping
+    from typing import Any, ClassVar
+
+
+def dumps(value: Any, sort: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    """Pickle a value, with what no module holds by value.
+
+    Args:
+        value: what to pickle.
+        sort: told of each buffer; those for which it returns False are left out of the pickle.
+    """
+    with io.BytesIO() as file:
+        _Pickler(file, protocol=5, buffer_callback=sort).dump(value)
+        return file.getvalue()
+
+
+def _reduce_code(code: CodeType) -> tuple[Any, ...]:
+    make, args = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return from_file, (code.co_filename, make, args)
+
+
+def from_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    """Code as cloudpickle makes it again, from the file of this name."""
+    return make(*args).replace(co_filename=name)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    dispatch_table: ClassVar[Mapping[Any, Any]] = ChainMap(
+        {CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table
+    )
