@@ -31,6 +31,7 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.wire import pages
 
 SOON = 20.0
 
@@ -218,6 +219,27 @@ def test_a_kept_worker_is_had_back_by_the_next_manager(start_method: str) -> Non
             with threads.submit(session.checkout, SOON).result() as lease:
                 assert lease.call(abs, -3, timeout=SOON) == 3
         assert session.run(abs, -2, timeout=SOON) == 2
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_kept_worker_that_a_dying_manager_took_back_is_free(
+    start_method: str, asked: bool
+) -> None:
+    """It wrote so on the page, and no more. Who kept it would not have it recalled for itself."""
+    with Pool(1, start_method=start_method) as session:
+        assert session.submit(abs, -1).result(SOON) == 1
+        engine = session._member.running_engine()
+        assert engine is not None
+        (lease,) = engine.engine.jobs._leases.values()
+        assert lease.channel is not None
+        words = lease.channel.page.words
+        words[pages.RECALLED] = lease.id
+        if asked:  # and it does not look as if the worker waited: it is asked
+            words[pages.ENDED] += 1
+        kill(manager(session))
+        assert session.submit(abs, -2).result(SOON) == 2
+        assert session.run(abs, -3, timeout=SOON) == 3
+        whole(session)
 
 
 def test_the_pools_sizes_stay(session: Session) -> None:

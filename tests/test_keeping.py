@@ -630,6 +630,91 @@ def test_a_client_that_is_stopped_keeps_nobody_from_the_workers_that_it_keeps(
         whole(session)
 
 
+# --- a worker that is stopped -----------------------------------------------------------------
+
+
+def stop(pid: int) -> None:
+    """Stop a worker that has nothing to do, when it has come to waiting for something."""
+    worker = psutil.Process(pid)
+    until(lambda: worker.status() == psutil.STATUS_SLEEPING)
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: worker.status() == psutil.STATUS_STOPPED)
+
+
+@pytest.mark.parametrize("way", ["run", "submit"])
+def test_a_kept_worker_that_is_stopped_keeps_nobody_waiting(start_method: str, way: str) -> None:
+    """The pool takes it back without its word; then it is like any worker that is stopped."""
+    with Pool(1, 1, start_method=start_method, overflow_ttl=0) as session:
+        whole(session)
+        for _ in range(3):
+            stopped = job(session, way)
+            stop(stopped)
+            with session.checkout(T) as first, session.checkout(T) as second:
+                assert stopped == first.pid != second.pid
+                assert second.call(abs, -1, timeout=T) == 1
+                with pytest.raises(CallTimeout):
+                    first.call(abs, -1, timeout=0.05)
+            until(lambda pid=stopped: not psutil.pid_exists(pid))
+            until(lambda: session.status().overflow == 0)
+        whole(session)
+
+
+@pytest.mark.parametrize("way", ["run", "submit"])
+def test_a_worker_that_was_stopped_serves_another_process_when_it_goes_on(
+    start_method: str, way: str
+) -> None:
+    with Pool(1, start_method=start_method) as session:
+        with script(OTHER_PROCESS, start_method) as other:
+            other.give(session)
+            pid = other.hear()
+            for line in (b"run", b"checkout", b"submit", b"asyncio"):
+                assert job(session, way) == pid
+                granted_before = granted(session)
+                stop(pid)
+                other.say(line)
+                until(lambda before=granted_before: granted(session) > before)
+                os.kill(pid, signal.SIGCONT)
+                assert other.hear() == pid
+            assert job(session, way) == pid
+        whole(session)
+        assert session.status().counters["killed"] == 0
+
+
+@pytest.mark.parametrize("way", ["run", "submit"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_job_sent_to_a_kept_worker_that_is_stopped_is_run_once_elsewhere_or_later(
+    start_method: str, way: str, goes_on: bool, tmp_path: Path
+) -> None:
+    """It has not begun there: not with whoever has the worker meanwhile, who may have it killed."""
+    work = errands.step, tmp_path / "ran", 7
+    with Pool(1, start_method=start_method) as session:
+        whole(session)
+        pid = job(session, way)
+        stop(pid)
+        future = session.submit(*work) if way == "submit" else None
+        with thread(session.run, *work) if future is None else contextlib.nullcontext(future) as it:
+            if way == "run":
+                until(lambda: not session._member.kept)
+            with session.checkout(T) as lease:
+                assert lease.pid == pid
+                if goes_on:
+                    os.kill(pid, signal.SIGCONT)
+                    assert lease.call(errands.run_count, tmp_path / "ran", timeout=T) == 0
+                else:
+                    with pytest.raises(CallTimeout):
+                        lease.call(abs, -1, timeout=0.05)
+                assert errands.run_count(tmp_path / "ran") == 0
+            assert it.result(T) == 7
+        assert errands.run_count(tmp_path / "ran") == 1
+        whole(session)
+
+
+def test_a_pool_with_a_kept_worker_that_is_stopped_ends(start_method: str) -> None:
+    with Pool(1, start_method=start_method, stop_timeout=0.2) as session:
+        stop(job(session, "run"))
+        session.safe_shutdown(T)
+
+
 # --- fork -------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,7 @@ class Crew:
         self.limits: dict[int, tuple[int, int]] = {}
         self.retired: list[int] = []
         self.recalled: list[tuple[int, int]] = []
+        self.waits = False  # whether workers wait, so that their leases are free when recalled
         self.killed: dict[int, str | None] = {}
         self.on_spawn: Callable[[int], None] = lambda worker: None
         self.refuse: str | None = None
@@ -115,9 +116,9 @@ class Crew:
     def counters(self) -> dict[str, int]:
         return {"scripted": 1}
 
-    def recall(self, worker: int, lease: int, patient: bool) -> bool:
+    def recall(self, worker: int, lease: int, patient: bool) -> bool | None:
         self.recalled.append((worker, lease))
-        return self.hands[worker].page.busy()
+        return None if self.waits else self.hands[worker].page.busy()
 
     def bury(self, worker: int) -> Obituary:
         hand = self.hands.pop(worker)
@@ -348,6 +349,38 @@ def test_a_kept_lease_is_recalled_through_its_worker_for_who_waits(
     assert keeper.receive() == []
     bench.manager.worker_released(kept.worker, kept.lease)  # said twice: late
     assert waiter.ask(frames.STATUS)["counters"]["late_events"] == 1
+
+
+def test_a_recalled_lease_under_which_nothing_is_left_to_do_is_free_at_once(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1, max_overflow=1).start()
+    bench.ready()
+    bench.crew.waits = True
+    keeper, waiter = bench.join(), bench.join()
+    keeper.say(frames.checkout(1, True, None, "here:1", keep=True))
+    (kept,) = keeper.grants()
+    waiter.checkout(1)
+    (grant,) = waiter.grants()
+    assert bench.crew.recalled == [(kept.worker, kept.lease)]
+    assert grant.worker == kept.worker and grant.lease > kept.lease
+    assert len(bench.crew.hands) == 1
+    counters = waiter.ask(frames.STATUS)["counters"]
+    assert (counters["recalled"], counters["late_events"]) == (1, 0)
+
+
+def test_a_worker_that_released_a_lease_has_it_on_its_page(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    keeper = bench.join()
+    keeper.say(frames.checkout(1, True, None, "here:1", keep=True))
+    (kept,) = keeper.grants()
+    page = bench.crew.hands[kept.worker].page
+    for lease in (kept.lease + 1, 0):  # said by mistake
+        bench.manager.worker_released(kept.worker, lease)
+        assert not page.is_recalled(kept.lease)
+    bench.manager.worker_released(kept.worker, kept.lease)
+    assert page.is_recalled(kept.lease) and not page.is_recalled(kept.lease + 1)
 
 
 def test_a_checkin_of_another_s_lease_frees_nothing(make: Callable[..., Bench]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -12,15 +13,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from whitepool_mp.wire import messages, pages
+from whitepool_mp.wire import descriptors, frames, messages, pages
 from whitepool_mp.wire.pages import (
     BEGUN,
+    RECALLED,
     UNSENT,
     Page,
     token,
@@ -60,9 +63,11 @@ class Worker:
 
     def __init__(self, page: Page) -> None:
         self.page = page
-        self._ends = socket.socketpair()
-        self.server = Server(self._ends[0], page, None)
-        self.channel = Channel(self._ends[1], pages.slot_words(1))
+        self.manager, control = socket.socketpair()
+        self.client, sock = socket.socketpair()
+        self._ends = self.manager, control, self.client, sock
+        self.server = Server(control, page, None)
+        self.channel = Channel(sock, pages.slot_words(1))
         self.channel.reader.take(1)  # more calls have come: answers are kept
 
     def begin(self, number: int, lease: int = LEASE) -> bool:
@@ -89,6 +94,11 @@ class Worker:
     def send(self) -> None:
         """Send what is kept."""
         self.server._send_unsent(self.channel)
+
+    def rest(self) -> None:
+        """Wait for calls, until the manager has something else to say."""
+        self.manager.send(frames.plain(frames.RETIRE))
+        assert self.server.run()
 
     def close(self) -> None:
         self.server._poll.close()
@@ -351,10 +361,104 @@ def test_a_recall_tells_that_a_call_is_running(worker: Worker, holder: Page) -> 
     assert holder.calls == 1
 
 
-def test_a_recall_says_running_where_the_kernel_cannot_order(sheet: Sheet) -> None:
+def test_a_recall_says_running_where_the_kernel_cannot_order(
+    sheet: Sheet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = sheet.view()
     assert not page.busy()
     assert page.recall(LEASE) is True
+    page.order_me()
+    assert page.recall(LEASE) is None
+    monkeypatch.setattr(pages.barrier, "issue", lambda: False)
+    assert page.recall(LEASE) is True
+
+
+def test_a_lease_under_which_the_worker_waits_is_free(worker: Worker, holder: Page) -> None:
+    assert holder.recall(LEASE - 1) is None  # it has just been made
+    assert worker.begin(1)
+    worker.end()
+    worker.rest()
+    assert holder.recall(LEASE) is None
+    assert not worker.begin(2)
+    assert holder.recall(LEASE) is None  # what was refused makes no difference
+    assert worker.begin(1, LEASE + 1)
+    worker.end()
+    assert holder.recall(LEASE + 1) is False  # it has not come to waiting yet
+    worker.rest()
+    assert holder.recall(LEASE + 1) is None
+
+
+def test_a_lease_whose_answers_are_unsent_is_not_free(worker: Worker, holder: Page) -> None:
+    worker.rest()
+    assert worker.begin(1)
+    worker.put(answer(1))
+    assert not holder.busy()
+    assert holder.recall(LEASE) is False
+    worker.send()
+    assert holder.recall(LEASE) is False
+    worker.rest()
+    assert holder.recall(LEASE) is None
+
+
+def test_a_lease_whose_answer_is_half_sent_is_not_free(worker: Worker, holder: Page) -> None:
+    size = 1 << 22
+    worker.rest()
+    assert worker.begin(1)
+    sender = threading.Thread(
+        target=worker.server._answer, args=(worker.channel, bytes(size), answers.SHORT)
+    )
+    sender.start()
+    got = len(worker.client.recv(1))
+    assert holder.recall(LEASE) is not None
+    while got < size:
+        got += len(worker.client.recv(size))
+    sender.join(20)
+    assert not holder.busy()
+    assert holder.recall(LEASE) is False
+    worker.rest()
+    assert holder.recall(LEASE) is None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_lease_under_which_a_call_is_just_beginning_is_not_free(
+    worker: Worker, holder: Page, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Whichever step of beginning the worker has come to when the lease is recalled."""
+    worker.rest()
+    for stop in (1, 2):
+        lease, written, told = LEASE + stop, 0, []
+
+        def then(stop: int = stop, lease: int = lease, told: list[Any] = told) -> None:
+            nonlocal written
+            written += 1
+            if written == stop:
+                told.append(holder.recall(lease))
+
+        monkeypatch.setattr(worker.server, "_words", Watched(worker.page.words, then))
+        assert worker.server._claim(worker.channel, lease, count, count) == messages.FENCED
+        assert told == [True]
+        monkeypatch.undo()
+        worker.rest()
+        assert holder.recall(lease) is None
+    # At the moment of the barrier: what was written first is seen by the one that comes then.
+    began: list[bool] = []
+
+    def between() -> bool:
+        began.append(worker.begin(1, LEASE + 3))
+        return True
+
+    monkeypatch.setattr(pages.barrier, "issue", between)
+    assert holder.recall(LEASE + 3) is None
+    assert began == [False]
+
+
+def test_who_hears_late_of_a_recall_does_not_undo_another(worker: Worker, holder: Page) -> None:
+    """Of a lease that was given back meanwhile; the next one was taken back by the page alone."""
+    assert holder.recall(LEASE + 1) is None
+    worker.manager.send(frames.recall(LEASE, False))
+    worker.rest()
+    assert worker.page.words[RECALLED] == LEASE + 1
+    assert not worker.begin(1, LEASE + 1)
 
 
 # --- answers that lie there -------------------------------------------------------------------
@@ -810,7 +914,7 @@ def test_no_call_is_both_taken_back_and_begun(other: Other) -> None:
 
 
 def test_nothing_begins_under_a_recalled_lease(other: Other) -> None:
-    """A hammering; `recall` returning False says that nothing runs and nothing will."""
+    """A hammering; `recall` returning False or None says that nothing runs and nothing will."""
     chance = random.Random()
     seen = {True: 0, False: 0}
     deadline = time.monotonic() + 1.5
@@ -819,7 +923,7 @@ def test_nothing_begins_under_a_recalled_lease(other: Other) -> None:
         first = other.sent + 1
         other.send(chance.randrange(1, 60))
         linger(chance)
-        busy = other.page.recall(lease)
+        busy = bool(other.page.recall(lease))
         begun = other.log[first : other.sent + 1].tolist()
         seen[busy] += 1
         other.passes()
@@ -831,3 +935,117 @@ def test_nothing_begins_under_a_recalled_lease(other: Other) -> None:
         other.passes()
         assert other.began(other.sent)
     assert seen[False]
+
+
+ANSWER = """
+    # A whole server, and a job that counts how often it was run with each number.
+    from whitepool_mp.wire.descriptors import Socket
+    from whitepool_mp.worker.serve import Server
+    page = pages.Page(int(sys.argv[1]))
+    page.order_me()
+    log = mmap.mmap(int(sys.argv[2]), 0)
+    def job(number):
+        log[number] += 1
+        return number
+    Server(Socket(fileno=int(sys.argv[3])), page, None).run()
+"""
+JOB = b"c__main__\njob\n."
+ROUND = 32
+"""Each round of the hammering has so many numbers, and a lease, of its own."""
+
+
+def calls(numbers: range) -> bytes:
+    """Each in a message of its own."""
+    return b"".join(
+        bytes(messages.pack(messages.CALL, messages.SPLIT, n, lease_of(n), split(((n,), {})))[0])
+        for n in numbers
+    )
+
+
+def lease_of(number: int) -> int:
+    return LEASE + number // ROUND
+
+
+def split(arguments: Any) -> bytes:
+    return messages.pack_split(JOB, pickle.dumps(arguments))
+
+
+def batch(numbers: range) -> bytes:
+    data = messages.pack_batch(JOB, [pickle.dumps(((number,), {})) for number in numbers])
+    return bytes(messages.pack(messages.BATCH, 0, numbers[0], lease_of(numbers[0]), data)[0])
+
+
+def bulk(numbers: range) -> bytes:
+    data = split(numbers)
+    return bytes(messages.pack(messages.BULK, 0, numbers[0], lease_of(numbers[0]), data)[0])
+
+
+def returned(data: bytes) -> list[int]:
+    """The numbers of the calls of which these are the results."""
+    found = []
+    for message in messages.read_all(data):
+        if message.kind == messages.RESULTS:
+            count = messages.count_results(message.payload)
+            found += range(message.number, message.number + count)
+        elif message.kind == messages.RESULT:
+            found.append(message.number)
+    return found
+
+
+def refused(data: bytes, number: int) -> bool:
+    """Whether these say that this call was refused."""
+    return number in [
+        message.number for message in messages.read_all(data) if message.kind == messages.ERROR
+    ]
+
+
+def test_all_calls_under_a_lease_that_is_free_have_been_answered(sheet: Sheet) -> None:
+    """A hammering of a whole server; `recall` returning None says as much as RELEASED does."""
+    chance = random.Random()
+    page = sheet.view()
+    fd = os.memfd_create("log", os.MFD_CLOEXEC)
+    os.ftruncate(fd, MOST)
+    log = mmap.mmap(fd, 0)
+    control, its_end = descriptors.pair()
+    mine, channel = descriptors.pair()
+    seen: Counter[bool | None] = Counter()
+    ran: list[int] = []
+    never: list[int] = []
+    with control, mine, process(ANSWER, sheet.fd, fd, its_end.fileno()):
+        descriptors.send(control, frames.adopt(1), [channel.fileno()])
+        its_end.close()
+        channel.close()
+        control.settimeout(20)
+        deadline = time.monotonic() + 2.5
+        turn = 0
+        while time.monotonic() < deadline and (turn + 2) * ROUND < MOST:
+            turn += 1
+            numbers = range(turn * ROUND, turn * ROUND + chance.randrange(1, ROUND + 1))
+            lease = lease_of(numbers[0])
+            mine.sendall(chance.choice((calls, batch, bulk))(numbers))
+            for _ in range(chance.randrange(20)):
+                linger(chance)
+            busy = page.recall(lease)
+            seen[busy] += 1
+            if busy is not None:
+                control.sendall(frames.recall(lease, False))
+                assert control.recv(100) == frames.released(lease)
+            answered = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    answered += returned(mine.recv(1 << 20, descriptors.DONTWAIT))
+            answered = sorted(number for number in answered if number in numbers)
+            assert answered == [number for number in numbers if log[number]]
+            ran += answered
+            never += set(numbers).difference(answered)
+            if turn % 3 == 0:  # before its refusals fill the channel: a call that is refused, too
+                mine.sendall(calls(range(1)))
+                while not refused(mine.recv(1 << 20), 0):
+                    pass
+        control.sendall(frames.recall(lease, True))
+        assert control.recv(100) == frames.released(lease)
+        assert ran and {log[number] for number in ran} == {1}
+        assert not any(log[number] for number in never)
+    assert set(seen) == {None, False, True} or ALONE
+    log.close()
+    os.close(fd)

@@ -70,7 +70,7 @@ class Workers(Protocol):
     def retire(self, worker: int) -> None: ...
     def kill(self, worker: int, reason: str | None) -> None: ...
     def adopt(self, worker: int, channel: Socket) -> int: ...
-    def recall(self, worker: int, lease: int, patient: bool) -> bool: ...
+    def recall(self, worker: int, lease: int, patient: bool) -> bool | None: ...
     def hand(self, worker: int) -> Any: ...
     def resume(self, worker: int) -> None: ...
     def ask_stacks(
@@ -175,6 +175,10 @@ class Manager:
                 self.apply(Destroy(record.client, lease, "its holder had it destroyed"))
             elif words[pages.RETURNED] == lease:
                 self.apply(Checkin(record.client, lease, hand.page.worn))
+            elif record.kept and hand.page.is_recalled(lease):
+                # The other manager took it back, and did not live to write down that it is free, or
+                # to ask. Its holder cannot use it any more.
+                self._recall(worker, lease, patient=False)
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -227,8 +231,7 @@ class Manager:
         elif isinstance(effect, Refuse):
             self._refuse(effect)
         elif isinstance(effect, Recall):
-            if self._crew.recall(effect.worker, effect.lease, effect.patient):
-                self._events.append(Busy(effect.worker, effect.lease))
+            self._recall(effect.worker, effect.lease, effect.patient)
         elif isinstance(effect, Spawn):
             problem = self._crew.spawn(*effect)
             if problem is not None:
@@ -239,6 +242,13 @@ class Manager:
             self._crew.kill(effect.worker, effect.reason or None)
         elif isinstance(effect, Drained):
             self.finished = True
+
+    def _recall(self, worker: int, lease: int, patient: bool) -> None:
+        busy = self._crew.recall(worker, lease, patient)
+        if busy is None:
+            self.apply(Released(worker, lease, self._worn(worker)))
+        elif busy:
+            self.apply(Busy(worker, lease))
 
     def _grant(self, effect: Grant) -> None:
         client = self._door.clients.get(effect.client)
@@ -502,8 +512,12 @@ class Manager:
 
     def worker_released(self, worker: int, lease: int) -> None:
         """No call under this lease runs or will begin."""
-        if self._broker.worker(worker) is not None:
-            self.apply(Released(worker, lease, self._worn(worker)))
+        record, hand = self._broker.worker(worker), self._crew.hand(worker)
+        if record is None:
+            return
+        if hand is not None and record.kept and record.lease == lease:
+            hand.page.words[pages.RECALLED] = lease  # was not, if it was recalled patiently
+        self.apply(Released(worker, lease, self._worn(worker)))
 
     def worker_exited(self, worker: int, obituary: Obituary) -> None:
         """A worker's process is gone."""

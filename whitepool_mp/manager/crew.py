@@ -126,21 +126,24 @@ class Crew(Births):
         if late or all(other.kill_reason for other in self._unborn.values() if not other.inherited):
             self._end_stuck_nursery(late)
 
-    def recall(self, worker: int, lease: int, patient: bool) -> bool:
+    def recall(self, worker: int, lease: int, patient: bool) -> bool | None:
         """Take a lease back through its worker, which says RELEASED when no call under it runs.
+
+        One that waits for calls is not asked, since it may be stopped: its page is enough.
 
         Args:
             worker, lease: whose, and which.
             patient: let it do first what it has been sent.
 
         Returns:
-            Whether a call may be running now.
+            Whether a call may be running now; None if the lease is free already.
         """
         hand = self._hands.get(worker)
         if hand is None:
             return False
         busy = hand.page.busy() if patient else hand.page.recall(lease)
-        self._tell(hand, frames.recall(lease, patient))
+        if busy is not None:
+            self._tell(hand, frames.recall(lease, patient))
         return busy
 
     # --- what they say of themselves ------------------------------------------------------

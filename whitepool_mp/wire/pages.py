@@ -1,11 +1,14 @@
 """The worker's page: a little memory that outlives it, shared with the manager and its holders.
 
-    worker  --begun, calls, ended, answers-->  page  <--skip (holder), recalled (manager)--
+    worker  --begun, calls, ended, quiet, answers-->  page  <--skip (holder), recalled (manager)--
 
 It tells, at any moment and also after the worker's death, which call was begun last; and it takes
 calls back that were sent and not begun. Both sides of that write their own number first and read
 the other's after it; whoever takes back has the kernel order the two (`barrier`), so that a call is
 either seen to have begun or is refused by the worker, or both, and never neither.
+
+A worker that waits for calls, all that it began being answered, says so here as well. So a lease
+that was taken back then is free at once, also if the worker will not run again (`recall`).
 
 Answers that a worker has not sent yet, because more calls are waiting and one write for many is
 cheaper, lie here too: they are not lost with it, and whoever does not want to wait reads them here.
@@ -66,6 +69,9 @@ DESTROYED = 17
 """... or gave up as dirty: what a manager had not heard when it was killed, the next one reads."""
 CHANNELS = 18
 """How many channels the worker was given."""
+QUIET = 19
+"""How many calls had begun when the worker last waited for one, with no answer unsent. While it has
+begun none since, it differs neither from CALLS nor from ENDED."""
 WORN = 20
 """Whether the worker has served for long enough, by one of these:"""
 MAX_CALLS = 21
@@ -166,14 +172,24 @@ class Page:
         words = self.words
         return words[MAX_CALLS] - words[CALLS] if words[MAX_CALLS] else UNLIMITED
 
-    def recall(self, lease: int) -> bool:
+    def recall(self, lease: int) -> bool | None:
         """Take a lease back: no call under it begins from now on.
 
+        A call that begins all the same has read RECALLED before it was written here. So the CALLS
+        that it wrote first is seen here, and that is more than QUIET until it has been answered. (A
+        call that is refused raises CALLS for a moment: then the worker is asked in vain.)
+
         Returns:
-            Whether a call may be running. (Also where the kernel cannot put it in order.)
+            Whether a call may be running. (Also where the kernel cannot put it in order.) None if
+            the lease is free: all calls under it have been answered, and nothing was left unsent.
         """
-        self.words[RECALLED] = lease
-        return not self._order() or self.busy()
+        words = self.words
+        words[RECALLED] = lease
+        if not self._order():
+            return True
+        if words[QUIET] == words[CALLS] == words[ENDED]:
+            return None
+        return self.busy()
 
     def take_back(self, lease: int, after: int, to: int) -> int | None:
         """Take back the calls of a lease numbered `after` + 1 to `to`; those before that have been

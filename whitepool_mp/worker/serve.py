@@ -6,7 +6,9 @@
 One wait on the control socket and every channel. A channel belongs to a client process that once
 leased this worker; only the process with the newest lease is served (`fence`), others get FENCED.
 Calls may be sent before the one that runs has been answered: they wait in the channel, and until
-they begin they can be taken back, by their sender or together with the lease (`wire.pages`).
+they begin they can be taken back, by their sender or together with the lease (`wire.pages`). Before
+each wait the page is told that nothing runs and every answer is sent: a lease that is recalled then
+is free without a RELEASED.
 What becomes of a call is in `calls`, and of its answer in `answers`.
 """
 
@@ -19,7 +21,7 @@ from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import descriptors, frames, messages, pages, rooms
 from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import CALL, Message
-from whitepool_mp.wire.pages import KIND, RECALLED, RESULTS, SENDINGS, UNSENT, Page
+from whitepool_mp.wire.pages import KIND, QUIET, RESULTS, SENDINGS, UNSENT, Page
 from whitepool_mp.worker.answers import Channel
 from whitepool_mp.worker.calls import Calls
 
@@ -57,8 +59,9 @@ class Server(Calls):
             True if the manager asked for a clean stop, False if it is gone.
         """
         control = self._control.fileno()
-        channels, poll = self._channels, self._poll.poll
+        channels, poll, words = self._channels, self._poll.poll, self._words
         while True:
+            words[QUIET] = self._calls
             ready = poll(_WARM_SECONDS if rooms.kept() else None, _MOST_READY)
             if not ready:
                 rooms.let_go()
@@ -101,7 +104,6 @@ class Server(Calls):
                 if lease >= self._fence:
                     self._fence = lease + 1
                     self._kept.clear()
-                    self._words[RECALLED] = lease
                 self._control.sendall(frames.released(lease))
             elif body[0] == frames.RETIRE:
                 self._retired = True
