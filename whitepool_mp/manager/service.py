@@ -172,5 +172,6 @@ def _warm_up() -> None:
     with contextlib.suppress(OSError, ImportError):  # there is none now
         import json  # noqa: F401
 
-        import whitepool_mp.manager.census
+        import psutil  # noqa: F401
+
         import whitepool_mp.manager.stacks  # noqa: F401
