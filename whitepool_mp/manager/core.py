@@ -167,22 +167,15 @@ class Manager:
             self._reunited()
 
     def _resume(self, worker: int) -> None:
+        from whitepool_mp.manager.takeover import missed
+
         self._crew.resume(worker)
         record, hand = self._broker.worker(worker), self._crew.hand(worker)
-        starting = record is not None and record.state is WorkerState.BOOTING
-        if starting and hand is not None and hand.page.words[pages.READY]:
-            self.apply(WorkerReady(worker))  # the other manager had heard it, and did not live on
-        elif hand is not None and record is not None and record.lease is not None:
-            assert record.client is not None
-            words, lease = hand.page.words, record.lease
-            if words[pages.DESTROYED] == lease:
-                self.apply(Destroy(record.client, lease, "its holder had it destroyed"))
-            elif words[pages.RETURNED] == lease:
-                self.apply(Checkin(record.client, lease, hand.page.worn))
-            elif record.kept and hand.page.is_recalled(lease):
-                # The other manager took it back, and did not live to write down that it is free, or
-                # to ask. Its holder cannot use it any more.
-                self._recall(worker, lease, patient=False)
+        deed = None if record is None or hand is None else missed(record, hand.page)
+        if isinstance(deed, Recall):
+            self._recall(*deed)
+        elif deed is not None:
+            self.apply(deed)
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -235,7 +228,7 @@ class Manager:
         elif isinstance(effect, Refuse):
             self._refuse(effect)
         elif isinstance(effect, Recall):
-            self._recall(effect.worker, effect.lease, effect.patient)
+            self._recall(*effect)
         elif isinstance(effect, Spawn):
             problem = self._crew.spawn(*effect)
             if problem is not None:
@@ -402,10 +395,15 @@ class Manager:
         self._books.draining(terminated=True)
         self.apply(Terminate())
 
-    # --- after another manager ------------------------------------------------------------
+    def answer_drainers(self) -> None:
+        """Everything has ended: tell whoever waits for that."""
+        for client, number in self._drainers:
+            self._door.send(client, frames.reply(number, True))
 
     def _on_ping(self, client: Client, body: bytes) -> None:
         self._door.send(client, frames.pong(frames.read_request(body)))
+
+    # --- after another manager ------------------------------------------------------------
 
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
@@ -426,11 +424,6 @@ class Manager:
                 self._handlers[body[0]](client, body)
         if reunion.draining:
             self._drain()
-
-    def answer_drainers(self) -> None:
-        """Everything has ended: tell whoever waits for that."""
-        for client, number in self._drainers:
-            self._door.send(client, frames.reply(number, True))
 
     # --- what workers do ------------------------------------------------------------------
 
