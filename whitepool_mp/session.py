@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -14,16 +13,10 @@ from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.hold import Hold
 from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
 from whitepool_mp.client.member import Member, Ticket, refusal
+from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_timeout
-from whitepool_mp.errors import (
-    CallTimeout,
-    CheckoutTimeout,
-    LeaseError,
-    ManagerDied,
-    PoolClosed,
-    ShutdownTimeout,
-)
+from whitepool_mp.errors import CallTimeout, CheckoutTimeout, LeaseError
 from whitepool_mp.lease import Lease, broken_off
 from whitepool_mp.status import (
     Status,
@@ -50,8 +43,6 @@ INSTANT = 0.01
 """How long a checkout with timeout=0 waits: the request itself takes a moment."""
 _ASK_SECONDS = 30.0
 """How long a question about the pool waits for the manager's answer."""
-_TERMINATE_SECONDS = 30.0
-"""How long a session that is not the owner's waits for the pool to end."""
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -508,76 +499,14 @@ class Session:
             ShutdownTimeout: not everything was given back in time; says what was killed.
             ManagerDied: the manager process died meanwhile.
         """
-        seconds = check_timeout("timeout", timeout)
-        member = self._member
-        engine = member.running_engine()
-        if engine is not None and engine.inside():
-            threading.Thread(target=self._drain, args=(seconds,), name="whitepool-shutdown").start()
-            return
-        self._drain(seconds)
-
-    def _drain(self, seconds: float | None) -> None:
-        member = self._member
-        if member.closed:
-            return
-        member.draining = True
-        deadline = None if seconds is None else time.monotonic() + seconds
-        try:
-            engine = member.running_engine()
-            if engine is not None and not engine.wait_idle(deadline):
-                raise TimedOut
-            member.link(deadline).question(frames.DRAIN, deadline)
-        except TimedOut:
-            raise self._cut_short(seconds) from None
-        except (LinkBroken, PoolClosed, ManagerDied):
-            self._after_the_end()
-            return
-        self._after_the_end()
-
-    def _after_the_end(self) -> None:
-        """The manager has ended, or is about to; raise only if that was not in order."""
-        member = self._member
-        if member.closed:
-            return
-        error = member.gone()
-        member.close()
-        if isinstance(error, ManagerDied):
-            raise error
-
-    def _cut_short(self, seconds: float | None) -> ShutdownTimeout:
-        until = time.monotonic() + _CANCEL_SECONDS
-        try:
-            held = [
-                f"worker {row.slot} (pid {row.pid}), leased for {row.since:.1f} s by process "
-                f"{row.holder_pid} at {row.site}"
-                for row in (
-                    WorkerInfo(**r)
-                    for r in self._member.link(until).question(frames.WORKERS, until)
-                )
-                if row.state == "leased"
-            ]
-        except (TimedOut, LinkBroken, PoolClosed, ManagerDied):
-            held = []
-        self.terminate()
-        listed = "; ".join(held) if held else "nothing that the manager could name"
-        return ShutdownTimeout(
-            f"pool {self.name!r} did not drain within {seconds:g} s and was ended; killed: {listed}"
-        )
+        drain(self._member, check_timeout("timeout", timeout))
 
     def terminate(self) -> None:
         """End the pool now: every worker is killed, every waiter refused, running calls fail.
 
         Harmless when it has ended already.
         """
-        member = self._member
-        if member.owner is None and not member.closed:
-            member.draining = True
-            try:
-                deadline = time.monotonic() + _TERMINATE_SECONDS
-                member.link(deadline).question(frames.TERMINATE, deadline)
-            except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
-                pass  # it is gone, or stuck, which its owner will see
-        member.close()
+        terminate(self._member)
 
     def __enter__(self) -> Self:
         return self

@@ -4,8 +4,8 @@ Every request has a number and its answer carries it, so an answer to a request 
 (timed out, interrupted) is known by its number when it comes late, and is dropped.
 
 If the manager is killed the link joins the one that the owner starts in its place, under the same
-number, and says again what may not have been heard: first what has no answer (a checkin), then what
-is waited for. What the manager granted it stays granted.
+number, and says again what may not have been heard (`unheard`). What the manager granted it stays
+granted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from typing import Any
 
+from whitepool_mp.client.unheard import Unheard
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import auth, descriptors, frames
 
@@ -168,8 +169,8 @@ class Link:
         self._inbox: deque[bytes] = deque()
         self._expect_fds = False
         self._number = 0
-        self._asked: dict[int, bytes] = {}  # what is waited for, by number
-        self._said: deque[tuple[int, bytes]] = deque()  # after which request, and what
+        self._unheard = Unheard()
+        self._asked, self._said = self._unheard.asked, self._unheard.said
         # Reentrant: a lease that is collected while its own thread is sending checks itself in.
         self._send_lock = threading.RLock()
         self._poll = select.poll()
@@ -256,8 +257,7 @@ class Link:
         os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
         sock.close()
         self._decoder, self._generation = decoder, generation
-        asked = [*self._asked.values(), frames.request(frames.REJOINED, 0)]
-        said = [data for _, data in list(self._said)]  # a collected lease may add to it meanwhile
+        said, asked = self._unheard.again()
         try:
             self._sock.sendall(b"".join([*said, *asked]))
         except OSError:
@@ -328,8 +328,8 @@ class Link:
             while True:
                 body = self._receive(deadline)
                 if frames.read_request(body) == number:
-                    while self._said and self._said[0][0] < number:
-                        self._said.popleft()  # it was heard before this request
+                    if self._said:
+                        self._unheard.answered(number)
                     return body
                 if body[0] == frames.CHANNEL and frames.read_channel(body)[0]:
                     for fd in take_pair(self._fds):

@@ -9,18 +9,18 @@ engine looks in `_replies` for who waits for an answer.
 
 Guarantees: whoever waits for an answer hears once, of it or of the pool's end. When a checkout is
 given up, who gave it up hears of it instead of who asked. Should the manager be killed, all that it
-may not have heard can be said again to the next one (`again`).
+may not have heard is said again to the next one (`unheard`).
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.engine_lease import EngineLease
+from whitepool_mp.client.unheard import Unheard
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import frames
 
@@ -48,8 +48,8 @@ class Requests:
         self._outbox = bytearray()
         self._numbers = itertools.count(1)
         self._replies: dict[int, Callable[[bytes], None]] = {}  # an empty one: it is gone
-        self._asked: dict[int, bytes] = {}  # what has no answer yet
-        self._said: deque[tuple[int, bytes]] = deque()  # without an answer: before which request
+        self._unheard = Unheard()
+        self._asked, self._said = self._unheard.asked, self._unheard.said
         self.broken: WhitepoolError | None = None
 
     # --- of the pool ----------------------------------------------------------------------
@@ -166,21 +166,18 @@ class Requests:
 
     def _say(self, data: bytes) -> None:
         """Send what has no answer."""
-        last = next(self._numbers)
-        self._said.append((last, data))
+        self._said.append((next(self._numbers), data))
         self._outbox += data
 
     def _answered(self, body: bytes) -> Callable[[bytes], None] | None:
         """An answer came: who waits for it."""
         number = frames.read_request(body)
         self._asked.pop(number, None)
-        said = self._said
-        while said and said[0][0] < number:
-            said.popleft()  # the manager heard it before that request
+        if self._said:
+            self._unheard.answered(number)
         return self._replies.pop(number, None)
 
     def _again(self) -> None:
         """There is another manager: say to it what the last one may not have heard."""
-        self._outbox[:] = b"".join(data for _, data in self._said)
-        self._outbox += b"".join(self._asked.values())
-        self._outbox += frames.request(frames.REJOINED, 0)
+        said, asked = self._unheard.again()
+        self._outbox[:] = b"".join([*said, *asked])

@@ -40,9 +40,9 @@ from whitepool_mp.broker import (
     WorkerReady,
     WorkerState,
 )
-from whitepool_mp.broker.status import BrokerStatus
-from whitepool_mp.errors import ProtocolError, headline
+from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager import reunion as reunions
+from whitepool_mp.manager.census import Census
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary, is_exiting
@@ -130,9 +130,13 @@ class Manager:
 
     def start(self, crew: Workers, door: Door) -> None:
         """Begin: order the first workers."""
-        self._crew, self._door = crew, door
+        self._meet(crew, door)
         self._books.sizes(self._policy.pool_size, self._policy.max_overflow)
         self.apply(Start())
+
+    def _meet(self, crew: Workers, door: Door) -> None:
+        self._crew, self._door = crew, door
+        self._census = Census(self._broker, crew, door, self._books, self._sites, self._clock)
 
     def resume(self, crew: Workers, door: Door, past: Past, lost: dict[int, Obituary]) -> None:
         """Go on where another manager stopped.
@@ -142,7 +146,7 @@ class Manager:
             past: what the other one left.
             lost: the workers of which nothing is left to take over, and how they ended.
         """
-        self._crew, self._door = crew, door
+        self._meet(crew, door)
         self.apply(past.resume)
         for worker, obituary in lost.items():
             self.worker_exited(worker, obituary)
@@ -163,22 +167,15 @@ class Manager:
             self._reunited()
 
     def _resume(self, worker: int) -> None:
+        from whitepool_mp.manager.takeover import missed
+
         self._crew.resume(worker)
         record, hand = self._broker.worker(worker), self._crew.hand(worker)
-        starting = record is not None and record.state is WorkerState.BOOTING
-        if starting and hand is not None and hand.page.words[pages.READY]:
-            self.apply(WorkerReady(worker))  # the other manager had heard it, and did not live on
-        elif hand is not None and record is not None and record.lease is not None:
-            assert record.client is not None
-            words, lease = hand.page.words, record.lease
-            if words[pages.DESTROYED] == lease:
-                self.apply(Destroy(record.client, lease, "its holder had it destroyed"))
-            elif words[pages.RETURNED] == lease:
-                self.apply(Checkin(record.client, lease, hand.page.worn))
-            elif record.kept and hand.page.is_recalled(lease):
-                # The other manager took it back, and did not live to write down that it is free, or
-                # to ask. Its holder cannot use it any more.
-                self._recall(worker, lease, patient=False)
+        deed = None if record is None or hand is None else missed(record, hand.page)
+        if isinstance(deed, Recall):
+            self._recall(*deed)
+        elif deed is not None:
+            self.apply(deed)
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -231,7 +228,7 @@ class Manager:
         elif isinstance(effect, Refuse):
             self._refuse(effect)
         elif isinstance(effect, Recall):
-            self._recall(effect.worker, effect.lease, effect.patient)
+            self._recall(*effect)
         elif isinstance(effect, Spawn):
             problem = self._crew.spawn(*effect)
             if problem is not None:
@@ -272,19 +269,8 @@ class Manager:
         self._books.waiting(client)
         detail = effect.detail
         if effect.why != "factory_failed":
-            detail = self._summary()
+            detail = self._census.summary()
         self._door.send(client, frames.refused(effect.ticket, effect.why, detail))
-
-    def _summary(self) -> str:
-        """The numbers, for an error message."""
-        status = self._status()
-        text = (
-            f"size={status.pool_size}+{status.max_overflow} idle={status.idle} "
-            f"leased={status.leased} booting={status.booting} waiting={status.waiting}"
-        )
-        if status.failing and status.last_failure:
-            text += f"; the last start failed: {headline(status.last_failure)}"
-        return text
 
     # --- what clients say -----------------------------------------------------------------
 
@@ -374,61 +360,16 @@ class Manager:
             # It lives and cannot be reached. Otherwise its exit is about to be reported.
             self.apply(Destroy(holder.id, lease, "its channel broke while it was alive"))
 
-    def _status(self) -> BrokerStatus:
-        """The broker's counts, with kept leases under which nothing runs as idle: they are anyone's
-        for the asking."""
-        status = self._broker.status()
-        hands = (self._crew.hand(worker.id) for worker in self._broker.kept_workers())
-        free = sum(hand is not None and not hand.page.busy() for hand in hands)
-        return status._replace(idle=status.idle + free, leased=status.leased - free)
-
     def _on_status(self, client: Client, body: bytes) -> None:
-        status = self._status()
-        value = {
-            "pool_size": status.pool_size,
-            "max_overflow": status.max_overflow,
-            "booting": status.booting,
-            "idle": status.idle,
-            "leased": status.leased,
-            "retiring": status.retiring,
-            "waiting": status.waiting,
-            "overflow": status.overflow,
-            "state": status.state,
-            "draining": status.draining,
-            "failing": status.failing,
-            "last_failure": status.last_failure,
-            "counters": {
-                **status.counters,
-                **self._door.counters,
-                **self._crew.counters,
-                "managers_lost": self._books.generation - 1,
-            },
-        }
-        self._door.send(client, frames.reply(frames.read_request(body), value))
+        self._door.send(client, frames.reply(frames.read_request(body), self._census.status()))
 
     def _on_workers(self, client: Client, body: bytes) -> None:
-        from whitepool_mp.manager.census import describe
-
-        now = self._clock()
-        rows = []
-        for worker in self._broker.workers():
-            hand = self._crew.hand(worker.id)
-            if hand is not None:
-                holder = self._door.clients.get(worker.client) if worker.client else None
-                rows.append(describe(worker, hand, holder, self._sites.get(worker.id, ""), now))
-        self._door.send(client, frames.reply(frames.read_request(body), rows))
+        self._door.send(client, frames.reply(frames.read_request(body), self._census.workers()))
 
     def _on_stacks(self, client: Client, body: bytes) -> None:
         number = frames.read_request(body)
-        rows = {}
-        for worker in self._broker.workers():
-            hand = self._crew.hand(worker.id)
-            if hand is not None:
-                idle = worker.kept and not hand.page.busy()
-                state = "idle" if idle else worker.state.value
-                rows[worker.id] = {"pid": hand.pid, "slot": worker.slot, "state": state}
         self._crew.ask_stacks(
-            rows, lambda told: self._door.send(client, frames.reply(number, told))
+            self._census.states(), lambda told: self._door.send(client, frames.reply(number, told))
         )
 
     def _on_resize(self, client: Client, body: bytes) -> None:
@@ -454,10 +395,15 @@ class Manager:
         self._books.draining(terminated=True)
         self.apply(Terminate())
 
-    # --- after another manager ------------------------------------------------------------
+    def answer_drainers(self) -> None:
+        """Everything has ended: tell whoever waits for that."""
+        for client, number in self._drainers:
+            self._door.send(client, frames.reply(number, True))
 
     def _on_ping(self, client: Client, body: bytes) -> None:
         self._door.send(client, frames.pong(frames.read_request(body)))
+
+    # --- after another manager ------------------------------------------------------------
 
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
@@ -478,11 +424,6 @@ class Manager:
                 self._handlers[body[0]](client, body)
         if reunion.draining:
             self._drain()
-
-    def answer_drainers(self) -> None:
-        """Everything has ended: tell whoever waits for that."""
-        for client, number in self._drainers:
-            self._door.send(client, frames.reply(number, True))
 
     # --- what workers do ------------------------------------------------------------------
 

@@ -4,8 +4,7 @@ It ends when the pool is drained or terminated, or its owner dies (a pidfd in th
 last acts: every worker and the nursery dead and reaped, the folder removed, whoever waits for the
 end told.
 
-A manager that is not the pool's first takes over (`_take_over`) what the last one left: the workers
-and their descriptors, the leases, and the clients, who come back by themselves.
+A manager that is not the pool's first takes over what the last one left (`takeover`).
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ import os
 import time
 
 from whitepool_mp.broker import Terminate
-from whitepool_mp.manager import obituary
 from whitepool_mp.manager.books import Books
 from whitepool_mp.manager.clients import Door
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.crew import Crew
 from whitepool_mp.manager.loop import Loop
-from whitepool_mp.manager.obituary import Obituary
 from whitepool_mp.policy import Policy
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
@@ -86,7 +83,9 @@ def serve(
     _watch_signals(loop, manager, crew)
     loop.add(owner, lambda _: _owner_died(loop, owner, manager))
     if ledger.words[ledgers.SERVED]:
-        _take_over(books, escrow, manager, crew, door)
+        from whitepool_mp.manager.takeover import take_over
+
+        take_over(books, escrow, manager, crew, door)
     else:
         books.clear()
         manager.start(crew, door)
@@ -108,36 +107,6 @@ def serve(
     nurseries.remove(boot.folder)
     manager.answer_drainers()
     door.close()
-
-
-def _take_over(books: Books, escrow: Escrow, manager: Manager, crew: Crew, door: Door) -> None:
-    """Go on where the last manager was killed."""
-    past = books.past()
-    parked = escrow.take(books.generation)
-    lost: dict[int, Obituary] = {}
-    for process in past.processes:
-        fds = parked.pop(process.worker, [])
-        why = ""
-        if len(fds) in (2, 4):
-            try:
-                crew.take_over(process, *fds)
-                continue
-            except OSError as error:
-                why = f": {type(error).__name__}: {error}"
-        crew.give_up(process)
-        for fd in fds:
-            os.close(fd)
-        lost[process.worker] = obituary.unknown(
-            process.pid or None, process.slot, f"no manager could take it over{why}"
-        )
-    for key, fds in parked.items():
-        escrow.drop(key)
-        for fd in fds:
-            os.close(fd)
-    clients = [each.number for each in past.clients]
-    clients += [each.client for each in past.resume.workers if each.client is not None]
-    door.take_over(past.clients, max(clients, default=0))
-    manager.resume(crew, door, past, lost)
 
 
 def _owner_died(loop: Loop, owner: int, manager: Manager) -> None:
@@ -172,5 +141,6 @@ def _warm_up() -> None:
     with contextlib.suppress(OSError, ImportError):  # there is none now
         import json  # noqa: F401
 
-        import whitepool_mp.manager.census
+        import psutil  # noqa: F401
+
         import whitepool_mp.manager.stacks  # noqa: F401

@@ -1,0 +1,107 @@
+"""How a process that holds a session ends the pool: in order, or now.
+
+    drain      this process's jobs, then DRAIN: the manager answers when every lease is over
+      too late   `terminate`, and the error names who held what
+    terminate  the owner's manager by a signal (`owner`), another's by TERMINATE
+
+Both are harmless when the pool has ended already, or somebody else is ending it. (`aio` awaits the
+same steps of an event loop's engine.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from whitepool_mp.client.link import LinkBroken, TimedOut
+from whitepool_mp.errors import ManagerDied, PoolClosed, ShutdownTimeout
+from whitepool_mp.wire import frames
+
+if TYPE_CHECKING:
+    from whitepool_mp.client.member import Member
+
+_TELL_SECONDS = 1.0
+"""How long the manager has to tell who holds what, before it is ended under them."""
+_TERMINATE_SECONDS = 30.0
+"""How long a session that is not the owner's waits for the pool to end."""
+
+
+def drain(member: Member, seconds: float | None) -> None:
+    """Finish what was submitted here, serve who waits, wait for all leases, end.
+
+    In the thread of the engine, which has to finish what was submitted, it returns at once.
+
+    Args:
+        member: the membership; it takes no new checkouts from now on.
+        seconds: at most how long; None for as long as it takes. What is left then is killed.
+
+    Raises:
+        ShutdownTimeout: not everything was given back in time.
+        ManagerDied: the manager process died meanwhile.
+    """
+    engine = member.running_engine()
+    if engine is not None and engine.inside():
+        threading.Thread(target=_drain, args=(member, seconds), name="whitepool-shutdown").start()
+        return
+    _drain(member, seconds)
+
+
+def _drain(member: Member, seconds: float | None) -> None:
+    if member.closed:
+        return
+    member.draining = True
+    deadline = None if seconds is None else time.monotonic() + seconds
+    try:
+        engine = member.running_engine()
+        if engine is not None and not engine.wait_idle(deadline):
+            raise TimedOut
+        member.link(deadline).question(frames.DRAIN, deadline)
+    except TimedOut:
+        held = _held(member)
+        terminate(member)
+        raise ShutdownTimeout(
+            f"pool {member.name!r} did not drain within {seconds:g} s and was ended; killed: {held}"
+        ) from None
+    except (LinkBroken, PoolClosed, ManagerDied):
+        _after_the_end(member)
+        return
+    _after_the_end(member)
+
+
+def _held(member: Member) -> str:
+    """Who holds which worker, for an error message."""
+    until = time.monotonic() + _TELL_SECONDS
+    try:
+        rows = member.link(until).question(frames.WORKERS, until)
+    except (TimedOut, LinkBroken, PoolClosed, ManagerDied):
+        rows = []
+    held = [
+        f"worker {row['slot']} (pid {row['pid']}), leased for {row['since']:.1f} s by process "
+        f"{row['holder_pid']} at {row['site']}"
+        for row in rows
+        if row["state"] == "leased"
+    ]
+    return "; ".join(held) if held else "nothing that the manager could name"
+
+
+def _after_the_end(member: Member) -> None:
+    """The manager has ended, or is about to; raise only if that was not in order."""
+    if member.closed:
+        return
+    error = member.gone()
+    member.close()
+    if isinstance(error, ManagerDied):
+        raise error
+
+
+def terminate(member: Member) -> None:
+    """End the pool now: every worker is killed, every waiter refused, running calls fail."""
+    if member.owner is None and not member.closed:
+        member.draining = True
+        try:
+            deadline = time.monotonic() + _TERMINATE_SECONDS
+            member.link(deadline).question(frames.TERMINATE, deadline)
+        except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
+            pass  # it is gone, or stuck, which its owner will see
+    member.close()
