@@ -36,6 +36,7 @@ from whitepool_mp.broker import (
     Drained,
     Effect,
     Event,
+    Finished,
     Grant,
     Kill,
     Recall,
@@ -132,6 +133,7 @@ class Observer:
         self.spawned_before = 0  # by the brokers before this one
         self.closing = False
         self.finishing: set[int] = set()
+        self.unfinished: set[int] = set()
         self.drained = 0
         self.attempt = 0
         self.not_before = 0.0
@@ -245,6 +247,7 @@ class Observer:
                         self.soil(lease)
         elif isinstance(event, ClientGone):
             self.finishing.discard(event.client)
+            self.unfinished.discard(event.client)
             for ticket in list(self.waiting):
                 if ticket.client == event.client:
                     self.end(ticket, "gone")
@@ -306,15 +309,21 @@ class Observer:
             self.limit = event.pool_size + event.max_overflow
         elif isinstance(event, Drain):
             self.closing = True
-            self.finishing = {ticket.client for ticket in self.waiting if ticket.spare_own}
+            self.finishing |= {ticket.client for ticket in self.waiting if ticket.spare_own}
             self.finishing |= {
                 lease.ticket.client
                 for lease in self.leases
                 if lease.kept and lease.ticket.spare_own
             }
+            if not self.drained:
+                self.unfinished |= event.unfinished
+                self.finishing |= self.unfinished
+        elif isinstance(event, Finished):
+            self.unfinished.discard(event.client)
         elif isinstance(event, Terminate):
             self.closing = True
             self.finishing = set()
+            self.unfinished = set()
             self.due_refusals = list(self.waiting)
             self.may_kill = [w for w in self.workers if w.state != "killed"]
 
@@ -329,6 +338,7 @@ class Observer:
         self.spawned_before = self.last_worker
         self.closing = False
         self.finishing = set()
+        self.unfinished = set()
         self.attempt = self.unused_deaths = self.granted = self.late = self.released = 0
         self.recycled = 0
         self.not_before = 0.0
@@ -581,6 +591,7 @@ class Observer:
         assert self.closing
         assert not self.workers
         assert not self.waiting
+        assert not self.unfinished, "somebody is about to ask"
         self.drained += 1
         self.finishing = set()
 
@@ -639,7 +650,7 @@ class Observer:
         if self.closing and not self.waiting:
             assert not booting, "booting with nobody to serve"
             assert not self.idle, "idle with nobody to serve"
-            assert self.drained == (not self.workers), "drained, once"
+            assert self.drained == (not self.workers and not self.unfinished), "drained, once"
         else:
             assert not self.drained
         if isinstance(self.event, Terminate):
@@ -1099,10 +1110,28 @@ class BrokerMachine(RuleBasedStateMachine):
             self.checkout(pick, pick % 3 > 0, None, True, False)
 
     @precondition(lambda self: self.last_ticket > 6 and not self.lasting)
-    @rule(pick=st.integers(0, 3))
-    def drain(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 3), count=st.integers(0, 2))
+    def drain(self, pick: int, count: int) -> None:
         if pick == 0:
-            self.send(Drain())
+            self.send(Drain(frozenset(self.clients[:count])))
+
+    @precondition(lambda self: self.books.unfinished)
+    @rule(pick=PICK, block=st.booleans())
+    def an_engine_with_jobs_left_asks(self, pick: int, block: bool) -> None:
+        client = sorted(self.books.unfinished)[pick % len(self.books.unfinished)]
+        self.checkout(self.clients.index(client), block, None, True, True)
+        ticket = self.books.asking
+        assert ticket is not None and ticket.outcome != "closed"
+
+    @precondition(lambda self: self.books.unfinished)
+    @rule(pick=PICK)
+    def an_engine_finishes(self, pick: int) -> None:
+        self.send(Finished(sorted(self.books.unfinished)[pick % len(self.books.unfinished)]))
+
+    @rule(pick=PICK)
+    def one_without_jobs_finishes(self, pick: int) -> None:
+        if pick % 10 == 0:
+            self.send(Finished(self.clients[pick % len(self.clients)]))
 
     @precondition(lambda self: self.last_ticket > 6 and not self.lasting)
     @rule(pick=st.integers(0, 7))
@@ -1150,6 +1179,9 @@ class BrokerMachine(RuleBasedStateMachine):
                 if worker.state == "booting":
                     self.send(WorkerReady(worker.id))
             self.stopped_ones_exit()
+            if not self.books.waiting:
+                for client in sorted(self.books.unfinished):
+                    self.send(Finished(client))
             if self.broker.next_deadline() is not None:
                 self.tick_at_the_deadline()
         assert self.books.drained == 1

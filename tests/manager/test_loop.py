@@ -28,6 +28,7 @@ from whitepool_mp.manager.clients import (
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
+from whitepool_mp.manager.reunion import SECONDS
 from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.ledger import Ledger
@@ -182,9 +183,9 @@ class Bench:
     def exits_killed(self) -> None:
         self.exits(*[worker for worker in self.crew.killed if worker in self.crew.hands])
 
-    def join(self, member: bytes = b"m" * frames.MEMBER_BYTES) -> Guest:
+    def join(self, member: bytes = b"m" * frames.MEMBER_BYTES, engine: bool = False) -> Guest:
         guest = self.connect()
-        handshake = Handshake(KEY, member)
+        handshake = Handshake(KEY, member, engine=engine)
         while not handshake.done:
             self.settle()
             for body in guest.receive():
@@ -681,6 +682,111 @@ def test_a_drain_serves_who_waits_and_refuses_who_comes(make: Callable[..., Benc
     assert [body[0] for body in ender.receive()] == [frames.DRAINING]
     bench.manager.answer_drainers()
     assert frames.read_request(ender.only()) == 9
+
+
+def a_job(number: int) -> bytes:
+    """An engine that has one job asks for a worker, as it does."""
+    return frames.checkout(number, True, None, "here:1", keep=True, spare_own=True)
+
+
+def test_a_drain_waits_until_every_engine_has_asked_for_what_its_jobs_need(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engines = [bench.join(engine=True) for _ in range(3)]
+    ender, other = bench.join(), bench.join()
+    ender.say(frames.request(frames.DRAIN, 9))
+    ender.say(frames.request(frames.DRAIN, 10))
+    for engine in engines:
+        assert engine.receive()[0][0] == frames.DRAINING
+        assert bench.crew.retired == [], "the worker may be wanted"
+        engine.say(a_job(1), frames.draining(unfinished=True))
+    other.checkout(1)
+    assert [refused.why for refused in other.refusals()] == ["closed"]
+    for engine in engines:
+        (grant,) = engine.grants()
+        engine.say(frames.checkin(grant.lease), frames.draining())
+    assert len(bench.crew.retired) == 1
+    bench.exits(*bench.crew.retired)
+    assert bench.manager.finished
+
+
+@pytest.mark.parametrize("how", ["finished", "gone"])
+def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
+    make: Callable[..., Bench], how: str
+) -> None:
+    """It may be about to ask for the next worker."""
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engine, ender = bench.join(engine=True), bench.join()
+    ender.say(frames.request(frames.DRAIN, 9))
+    engine.say(frames.draining(unfinished=True))
+    bench.exits(*bench.crew.retired)
+    assert not bench.manager.finished
+    engine.say(a_job(1))
+    (worker,) = bench.crew.hands
+    bench.ready(worker)
+    (grant,) = engine.grants()
+    engine.say(frames.checkin(grant.lease))
+    bench.exits(worker)
+    assert not bench.manager.finished
+    if how == "finished":
+        engine.say(frames.draining())
+    else:
+        engine.sock.close()
+        bench.settle()
+    assert bench.manager.finished
+
+
+@pytest.mark.parametrize("how", ["says nothing", "goes"])
+def test_a_drain_waits_but_a_moment_for_an_engine_that_does_not_answer(
+    make: Callable[..., Bench], how: str
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engine, ender = bench.join(engine=True), bench.join()
+    ender.say(frames.request(frames.DRAIN, 9))
+    bench.pass_time(SECONDS * 0.9)
+    assert bench.crew.retired == []
+    if how == "goes":
+        engine.sock.close()
+        bench.settle()
+    else:
+        bench.pass_time(SECONDS * 0.2)
+    assert len(bench.crew.retired) == 1
+    bench.exits(*bench.crew.retired)
+    assert bench.manager.finished
+
+
+def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engine, ender = bench.join(engine=True), bench.join()
+    ender.say(frames.request(frames.DRAIN, 9))
+    bench.pass_time(SECONDS * 1.1)
+    (first,) = bench.crew.retired
+    engine.say(frames.draining(unfinished=True), a_job(1))
+    bench.exits(first)
+    (second,) = bench.crew.hands
+    bench.ready(second)
+    (grant,) = engine.grants()
+    engine.say(frames.checkin(grant.lease), frames.draining())
+    bench.exits(second)
+    assert bench.manager.finished
+
+
+def test_a_pool_that_is_terminated_waits_for_no_engine(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engine, ender = bench.join(engine=True), bench.join()
+    ender.say(frames.request(frames.DRAIN, 9), frames.request(frames.TERMINATE, 10))
+    assert len(bench.crew.killed) == 1
+    engine.say(frames.draining())
+    bench.exits_killed()
+    assert bench.manager.finished
 
 
 def test_a_terminate_kills_every_worker_and_refuses_every_waiter(

@@ -51,7 +51,7 @@ def sent(draw: st.DrawFn) -> tuple[bytes, int, Callable[[bytes], Any], Any]:
 
 def _auth(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
     member = draw(st.binary(min_size=16, max_size=16))
-    fields = (draw(NONCE), draw(NONCE), member, number, text, draw(U64))
+    fields = (draw(NONCE), draw(NONCE), member, number, text, draw(U64), draw(st.booleans()))
     return frames.auth(*fields), frames.AUTH, frames.read_auth, fields
 
 

@@ -56,8 +56,9 @@ The rules
     be the oldest of all others'.
 11. Drain recalls every kept lease. Who asked for one with `spare_own` has jobs queued behind it:
     the worker does what it has been sent before it releases that lease; and `spare_own` checkouts
-    of a client that held or waited for a worker in that way, or does so now, are not refused until
-    all is drained. All others are. A Resize
+    of a client that held or waited for a worker in that way, or does so now, or was said to be
+    unfinished, are not refused until all is drained, and it is not drained before each of these is
+    Finished or gone. All others are refused. A Resize
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.
@@ -86,6 +87,7 @@ from whitepool_mp.broker.events import (
     Destroy,
     Drain,
     Event,
+    Finished,
     Released,
     Resize,
     Resume,
@@ -307,6 +309,7 @@ class Broker(Moves):
 
     def _on_client_gone(self, event: ClientGone, now: float, out: list[Effect]) -> None:
         self._finishing.discard(event.client)
+        self._unfinished.discard(event.client)
         for holder in list(self._clients.get(event.client, {}).values()):
             if type(holder) is Waiter:
                 self._unwait(holder)
@@ -457,15 +460,23 @@ class Broker(Moves):
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
         self._draining = True
         leases = self._roster.keeps.leases.values()
-        self._finishing = {kept.client for kept in leases if kept.spare_own}
+        self._finishing |= {kept.client for kept in leases if kept.spare_own}
         self._finishing |= {each.client for each in self._waitlist.all() if each.spare_own}
+        if not self._drained:
+            self._unfinished |= event.unfinished
+            self._finishing |= self._unfinished
         while (kept := self._roster.keeps.oldest()) is not None:
             self._recall(kept, out, patient=kept.spare_own)
+        self._settle(now, out)
+
+    def _on_finished(self, event: Finished, now: float, out: list[Effect]) -> None:
+        self._unfinished.discard(event.client)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:
         self._draining = True
         self._finishing.clear()
+        self._unfinished.clear()
         for waiter in self._waitlist.all():
             self._unwait(waiter)
             self._refuse(waiter.client, waiter.ticket, "closed", "the pool was terminated", out)
@@ -495,5 +506,6 @@ _AFTER_START: _Handlers = {
     Tick: Broker._on_tick,
     Resize: Broker._on_resize,
     Drain: Broker._on_drain,
+    Finished: Broker._on_finished,
     Terminate: Broker._on_terminate,
 }

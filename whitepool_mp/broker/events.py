@@ -26,6 +26,7 @@ __all__ = [
     "Destroy",
     "Drain",
     "Event",
+    "Finished",
     "Released",
     "Resize",
     "Resume",
@@ -188,7 +189,20 @@ class Resize(Record):
 
 
 class Drain(Record):
-    """Refuse new checkouts, serve those who wait, then stop every worker."""
+    """Refuse new checkouts, serve those who wait, then stop every worker.
+
+    Args:
+        unfinished: clients with jobs queued behind `spare_own` checkouts, whose `Finished` is
+            waited for.
+    """
+
+    unfinished: frozenset[int] = frozenset()
+
+
+class Finished(Record):
+    """A client with jobs queued has none left."""
+
+    client: int
 
 
 class Terminate(Record):
@@ -211,5 +225,6 @@ Event = (
     | Tick
     | Resize
     | Drain
+    | Finished
     | Terminate
 )

@@ -90,6 +90,7 @@ class Moves:
         self._limit = policy.pool_size + policy.max_overflow
         self._draining = False
         self._finishing: set[int | None] = set()  # clients with jobs queued as the drain began
+        self._unfinished: set[int] = set()  # those of them that are waited for
         self._drained = False
         self._roster = Roster()
         self._waitlist = Waitlist()
@@ -192,7 +193,7 @@ class Moves:
                 self._retire_idle(oldest(roster.idle), now, out)
             while roster.booting:
                 self._kill(oldest(roster.booting), "the pool is draining", now, out)
-            if not roster.known and not self._drained:
+            if not (roster.known or self._unfinished or self._drained):
                 self._drained = True
                 self._finishing.clear()
                 out.append(Drained())

@@ -63,7 +63,7 @@ class Engine(Channels):
         self._link = new_link()
         self._generation = 0  # of the manager: none yet
         self._joins = 0
-        self._handshake: Handshake | None = Handshake(key, token, self._link)
+        self._handshake: Handshake | None = Handshake(key, token, self._link, engine=True)
         self._decoder = frames.FrameDecoder()
         self._writing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -73,6 +73,8 @@ class Engine(Channels):
         self._epoll.register(self._wake, select.EPOLLIN)
         self.jobs = Dispatcher(self)
         self._inbox: deque[Task] = deque()
+        self._mustered = False  # whether the pool is about to drain, and is to be told what is left
+        self._unfinished = False  # whether it was told that something is
         self._asleep = False
         self._closed = False
         self._deadlines: list[tuple[float, int, EngineLease, int]] = []
@@ -168,6 +170,10 @@ class Engine(Channels):
         """Send whatever can be sent of what was asked for."""
         self._take_in()
         self.jobs.dispatch()
+        if self._mustered or (self._unfinished and self.jobs.idle):
+            self._mustered = False
+            self._unfinished = not self.jobs.idle
+            self._outbox += frames.draining(self._unfinished)
         if not self._outbox or self._handshake is not None or self.broken is not None:
             return
         try:
@@ -243,7 +249,7 @@ class Engine(Channels):
                 continue
             if body[0] == frames.DRAINING:
                 self._take_in()  # these came before it
-                self.jobs.draining = True
+                self.jobs.draining = self._mustered = True
                 continue
             heard = self._answered(body)
             if heard is not None:
@@ -295,7 +301,7 @@ class Engine(Channels):
         self._decoder = frames.FrameDecoder()
         while self._fds:
             os.close(self._fds.popleft())
-        self._handshake = Handshake(key, token, self._link)
+        self._handshake = Handshake(key, token, self._link, engine=True)
 
     def _gone(self) -> WhitepoolError:
         member = self._member()

@@ -107,15 +107,16 @@ class Handshake:
         member: 16 bytes that all connections of this process's membership have in common; what one
             of them was granted, each may use.
         link: the connection's own number, by which the next manager knows it again.
+        engine: whether it is an engine's.
 
     Attributes:
         generation: the how manieth manager of the pool it was, once `done`.
     """
 
-    def __init__(self, key: bytes, member: bytes, link: int = 0) -> None:
+    def __init__(self, key: bytes, member: bytes, link: int = 0, engine: bool = False) -> None:
         self._key = key
         self._member = member
-        self._link = link
+        self._link = link, engine
         self.generation = 0
         self._nonce = os.urandom(frames.NONCE_BYTES)
         self._expected: bytes | None = None
@@ -133,7 +134,7 @@ class Handshake:
             self._expected = auth.server_proof(self._key, challenge, self._nonce)
             proof = auth.client_proof(self._key, challenge, self._nonce)
             thread = threading.current_thread().name
-            return frames.auth(self._nonce, proof, self._member, os.getpid(), thread, self._link)
+            return frames.auth(self._nonce, proof, self._member, os.getpid(), thread, *self._link)
         if body[0] == frames.DENIED:
             raise AuthenticationFailed("the pool refused this session's key")
         if body[0] != frames.WELCOME or self._expected is None:

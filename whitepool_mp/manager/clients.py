@@ -55,6 +55,7 @@ class Client:
 
     __slots__ = (
         "decoder",
+        "engine",
         "id",
         "link",
         "member",
@@ -76,6 +77,7 @@ class Client:
         self.decoder = frames.FrameDecoder(limit=1024)
         self.nonce = os.urandom(frames.NONCE_BYTES)
         self.proven = False
+        self.engine = False  # whether it may have jobs queued, and answers DRAINING
         self.link = 0  # by which it is known again, 0 if never
         self.member = b""  # which process's membership it is of
         self.pid = 0
@@ -398,7 +400,7 @@ class Door:
         client.member, client.pid, client.thread = answer.member, answer.pid, answer.thread
         client.decoder.limit = 64 * 1024
         del self._silent[client.id]
-        client.link = answer.link
+        client.link, client.engine = answer.link, answer.engine
         known = self._not_absent(client.link)
         if known is not None:
             client.id = known.id

@@ -24,6 +24,7 @@ from whitepool_mp.broker import (
     Drained,
     Effect,
     Event,
+    Finished,
     Grant,
     Kill,
     Recall,
@@ -111,6 +112,8 @@ class Manager:
         self._drainers: list[tuple[Client, int]] = []
         self.finished = False
         self._reunion: reunions.Reunion | None = None  # while those who waited ask again
+        self._muster: reunions.Muster | None = None  # while engines are asked, before a drain
+        self._unfinished: set[int] = set()  # those with jobs left
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
             frames.CHECKIN: self._on_checkin,
@@ -123,6 +126,7 @@ class Manager:
             frames.STACKS: self._on_stacks,
             frames.RESIZE: self._on_resize,
             frames.DRAIN: self._on_drain,
+            frames.DRAINING: self._on_draining,
             frames.TERMINATE: self._on_terminate,
             frames.REJOINED: self._on_rejoined,
             frames.PING: self._on_ping,
@@ -186,6 +190,8 @@ class Manager:
             self.apply(Tick())
         if self._reunion is not None and now >= self._reunion.until:
             self._reunited()
+        if self._muster is not None and now >= self._muster.until:
+            self._mustered()
         self._door.tick(now)
         self._crew.tick(now)
         return ready
@@ -193,8 +199,7 @@ class Manager:
     def _timeout(self) -> float | None:
         parts: tuple[Any, ...] = (self._broker, self._door, self._crew)
         waits = [part.next_deadline() for part in parts]
-        if self._reunion is not None:
-            waits.append(self._reunion.until)
+        waits += [each.until for each in (self._reunion, self._muster) if each is not None]
         due = min((when for when in waits if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
@@ -286,7 +291,9 @@ class Manager:
     def client_gone(self, client: Client) -> None:
         """A client's connection ended: what it held is dirty."""
         self.apply(ClientGone(client.id))
+        self._unfinished.discard(client.id)
         self._is_back(client)
+        self._has_asked(client)
 
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
@@ -385,13 +392,40 @@ class Manager:
         self._drain()
 
     def _drain(self) -> None:
+        """Tell everybody, and drain when the engines have said what is left to be done."""
         self._books.draining(terminated=False)
-        for each in list(self._door.clients.values()):
+        everybody = list(self._door.clients.values())
+        if self._muster is None and not self._broker.status().draining:
+            engines = {each.id for each in everybody if each.engine}
+            self._muster = reunions.Muster(engines, self._clock() + reunions.SECONDS)
+        for each in everybody:
             self._door.send(each, frames.draining())
-        self.apply(Drain())
+        if self._muster is None or not self._muster.missing:
+            self._mustered()
+
+    def _on_draining(self, client: Client, body: bytes) -> None:
+        """An engine says whether it has jobs left, for each of which it has asked or will ask."""
+        if frames.read_request(body):
+            self._unfinished.add(client.id)
+            if self._muster is None and self._broker.status().draining:
+                self._mustered()  # it was waited for no longer, and comes in time all the same
+        else:
+            self._unfinished.discard(client.id)
+            self.apply(Finished(client.id))
+        self._has_asked(client)
+
+    def _has_asked(self, client: Client) -> None:
+        """An engine has said what is left to be done, or will not."""
+        if self._muster is not None and self._muster.came(client):
+            self._mustered()
+
+    def _mustered(self) -> None:
+        self._muster = None
+        self.apply(Drain(frozenset(self._unfinished)))
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
+        self._muster = None
         self._books.draining(terminated=True)
         self.apply(Terminate())
 
@@ -410,10 +444,8 @@ class Manager:
 
     def _is_back(self, client: Client) -> None:
         """One who waited has asked again, or will not."""
-        if self._reunion is not None:
-            self._reunion.missing.discard(client.id)
-            if not self._reunion.missing:
-                self._reunited()
+        if self._reunion is not None and self._reunion.came(client):
+            self._reunited()
 
     def _reunited(self) -> None:
         """Take up what was asked meanwhile: in the order in which it was asked first."""

@@ -1,7 +1,11 @@
-"""The first moments after a takeover: until those who waited have asked again, nobody is served.
+"""Moments in which some clients are waited for: before a drain, and after a takeover.
+
+Before a pool drains, each engine says whether it has jobs, and has asked for what they need: what
+was submitted before the shutdown began is known then, and finished.
 
 A manager that was killed leaves waiters. They come back one by one, in any order; each says when it
-first asked. What is asked meanwhile is kept, and then taken up in that order.
+first asked. What is asked meanwhile is kept, and then taken up in that order: nobody is served
+until those who waited have asked again.
 """
 
 from __future__ import annotations
@@ -13,12 +17,30 @@ if TYPE_CHECKING:
     from whitepool_mp.manager.clients import Client
 
 SECONDS = 0.25
-"""How long those who waited are waited for at most."""
+"""How long they are waited for at most; one that is stopped, or busy, may not come."""
 _FOR_LATER = (frames.CHECKOUT, frames.CANCEL, frames.DRAIN)
 
 
-class Reunion:
-    """What is asked until all are back.
+class Muster:
+    """Who is waited for.
+
+    Args:
+        missing: the clients that have not been heard yet.
+        until: when not to wait for them any longer.
+    """
+
+    def __init__(self, missing: set[int], until: float) -> None:
+        self.missing = missing
+        self.until = until
+
+    def came(self, client: Client) -> bool:
+        """One has been heard, or has gone; whether all have."""
+        self.missing.discard(client.id)
+        return not self.missing
+
+
+class Reunion(Muster):
+    """Who is waited for after a takeover, and what is asked until all are back.
 
     Args:
         missing: the clients that waited and have not asked again yet.
@@ -27,9 +49,8 @@ class Reunion:
     """
 
     def __init__(self, missing: set[int], draining: bool, until: float) -> None:
-        self.missing = missing
+        super().__init__(missing, until)
         self.draining = draining
-        self.until = until
         self._heard: list[tuple[Client, bytes]] = []
 
     def keep(self, client: Client, body: bytes) -> bool:

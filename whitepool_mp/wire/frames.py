@@ -72,7 +72,7 @@ RELEASED = 133
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")
-_AUTH = struct.Struct("!B32s32s16sIQ")
+_AUTH = struct.Struct("!B32s32s16sIQ?")
 _WELCOME = struct.Struct("!B32sI")
 _CHECKOUT = struct.Struct("!BIBdd")
 _BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
@@ -89,7 +89,8 @@ _CHANNEL = struct.Struct("!BIB?")
 class Auth(Record):
     """The answer to a challenge: who asks, and the proof that it has the pool's key.
 
-    `link` is the connection's own number, by which the next manager knows it again; 0 for none.
+    `link` is the connection's own number, by which the next manager knows it again; 0 for none. An
+    `engine` has jobs queued of which the manager does not know, and answers DRAINING.
     """
 
     nonce: bytes
@@ -98,6 +99,7 @@ class Auth(Record):
     pid: int
     thread: str
     link: int = 0
+    engine: bool = False
 
 
 class Checkout(Record):
@@ -207,15 +209,23 @@ def _clip(text: str, limit: int = 60_000) -> bytes:
 # --- requests ---------------------------------------------------------------------------------
 
 
-def auth(nonce: bytes, proof: bytes, member: bytes, pid: int, thread: str, link: int = 0) -> bytes:
+def auth(
+    nonce: bytes,
+    proof: bytes,
+    member: bytes,
+    pid: int,
+    thread: str,
+    link: int = 0,
+    engine: bool = False,
+) -> bytes:
     """Answer to CHALLENGE."""
-    return frame(_AUTH.pack(AUTH, nonce, proof, member, pid, link) + _clip(thread, 200))
+    return frame(_AUTH.pack(AUTH, nonce, proof, member, pid, link, engine) + _clip(thread, 200))
 
 
 def read_auth(body: bytes) -> Auth:
     """Decode AUTH."""
-    _, nonce, proof, member, pid, link = _unpack(_AUTH, body)
-    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size)[:_MOST_KEPT], link)
+    _, nonce, proof, member, pid, link, engine = _unpack(_AUTH, body)
+    return Auth(nonce, proof, member, pid, _text(body, _AUTH.size)[:_MOST_KEPT], link, engine)
 
 
 def checkout(
@@ -365,9 +375,13 @@ def read_channel(body: bytes) -> tuple[int, bool]:
     return slot, lost
 
 
-def draining() -> bytes:
-    """To every client, unasked: finish what was begun, the pool is shutting down."""
-    return frame(_REQUEST.pack(DRAINING, 0))
+def draining(unfinished: bool = False) -> bytes:
+    """To every client, unasked: finish what was begun, the pool is shutting down.
+
+    And an engine's answer, when it has asked for what the jobs need that were queued there: whether
+    there are any. If so it says so again when there are none left.
+    """
+    return frame(_REQUEST.pack(DRAINING, unfinished))
 
 
 def reply(number: int, value: Any) -> bytes:
