@@ -904,6 +904,56 @@ def test_a_shutdown_finishes_what_another_process_has_just_submitted(how: str) -
             session.terminate()
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_shutdown_finishes_the_first_job_of_another_process(connected: bool) -> None:
+    """Its engine may not even have joined."""
+    code = f"""
+        session = given()
+        if {connected}:
+            session.submit(abs, -1).result(20)
+        future = session.submit(abs, -2)
+        tell("submitted")
+        assert future.result(20) == 2
+    """
+    for _ in range(6):
+        session = Pool(1).run_service()
+        try:
+            whole(session)
+            with script(code, "forkserver") as client:
+                client.give(session)
+                assert client.hear() == "submitted"
+                session.safe_shutdown(T)
+                _, error = client.finish()
+                assert error == ""
+        finally:
+            session.terminate()
+
+
+def test_an_event_loop_that_is_not_run_any_more_holds_up_no_shutdown() -> None:
+    """A job of its is running: it has said that it is not finished, and will not say that it is."""
+    loop = asyncio.new_event_loop()
+    session = Pool(1).run_service()
+    try:
+        inside = session.aio()
+
+        async def begin() -> asyncio.Task[Any]:
+            await inside.run(abs, -1)
+            task = loop.create_task(inside.run(errands.spin, 0.5))
+            await asyncio.sleep(0.1)
+            return task
+
+        task = loop.run_until_complete(begin())
+        with thread(session.safe_shutdown, T) as ended:
+            until(lambda: session._member.draining)
+            loop.run_until_complete(asyncio.sleep(0.05))  # it says what is left, and no more
+            ended.result(T)
+        assert loop.run_until_complete(task) is None
+    finally:
+        session.terminate()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
 @in_loop
 async def test_a_shutdown_does_not_lose_what_a_loop_that_is_busy_has_sent(
     tmp_path: Path, pipe: Callable[[], int], long: Any

@@ -51,6 +51,7 @@ from whitepool_mp.broker import (
     Start,
     Terminate,
     Tick,
+    Unfinished,
     WorkerExited,
     WorkerFailed,
     WorkerReady,
@@ -63,6 +64,7 @@ STOP_TIMEOUT = 2.0
 BACKOFF_FIRST = 0.5
 BACKOFF_MAX = 4.0
 PATIENCE = 3
+LINGER = 0.25
 
 
 EXAMPLES = 800
@@ -132,8 +134,10 @@ class Observer:
         self.last_lease = 0
         self.spawned_before = 0  # by the brokers before this one
         self.closing = False
+        self.terminated = False
         self.finishing: set[int] = set()
         self.unfinished: set[int] = set()
+        self.quiet = math.inf  # since when nothing but the unfinished is waited for
         self.drained = 0
         self.attempt = 0
         self.not_before = 0.0
@@ -307,7 +311,7 @@ class Observer:
         elif isinstance(event, Resize):
             self.pool_size = event.pool_size
             self.limit = event.pool_size + event.max_overflow
-        elif isinstance(event, Drain):
+        elif isinstance(event, Drain) and not self.terminated:
             self.closing = True
             self.finishing |= {ticket.client for ticket in self.waiting if ticket.spare_own}
             self.finishing |= {
@@ -315,30 +319,33 @@ class Observer:
                 for lease in self.leases
                 if lease.kept and lease.ticket.spare_own
             }
-            if not self.drained:
-                self.unfinished |= event.unfinished
-                self.finishing |= self.unfinished
+            self.finishing |= self.unfinished
+        elif isinstance(event, Unfinished):
+            if not (self.terminated or self.drained):
+                self.unfinished.add(event.client)
+                if self.closing:
+                    self.finishing.add(event.client)
         elif isinstance(event, Finished):
             self.unfinished.discard(event.client)
         elif isinstance(event, Terminate):
             self.closing = True
+            self.terminated = True
             self.finishing = set()
             self.unfinished = set()
             self.due_refusals = list(self.waiting)
             self.may_kill = [w for w in self.workers if w.state != "killed"]
 
     def wear(self, worker: W, worn: bool) -> None:
-        if worn and not worker.worn:
-            worker.worn = True
-            self.recycled += 1
+        worker.worn = worker.worn or worn
 
     def take_over(self) -> list[T]:
         """Another broker begins, with what the last one had written down; who has to ask again."""
         waiting, self.waiting = self.waiting, []
         self.spawned_before = self.last_worker
-        self.closing = False
+        self.closing = self.terminated = False
         self.finishing = set()
         self.unfinished = set()
+        self.quiet = math.inf
         self.attempt = self.unused_deaths = self.granted = self.late = self.released = 0
         self.recycled = 0
         self.not_before = 0.0
@@ -347,7 +354,8 @@ class Observer:
             worker.fresh = True
             worker.worn = False
             if worker.state in ("idle", "leased"):
-                worker.expires = worker.born + self.policy.max_lifetime
+                ready = worker.born if worker.grants else worker.since
+                worker.expires = ready + self.policy.max_lifetime
         for lease in self.leases:
             lease.recalled = lease.coming = False
         self.leases.sort(key=lambda lease: (lease.worker.since, lease.id))
@@ -564,6 +572,7 @@ class Observer:
         oldest = worker is self.freed or worker is self.idle[0]
         assert oldest or worker.worn, "not the longest idle"
         self.idle.remove(worker)
+        self.recycled += worker.worn
         worker.state = "retiring"
         worker.since = self.now
 
@@ -591,7 +600,8 @@ class Observer:
         assert self.closing
         assert not self.workers
         assert not self.waiting
-        assert not self.unfinished, "somebody is about to ask"
+        assert not self.unfinished or self.now >= self.quiet + LINGER, "somebody is about to ask"
+        self.unfinished = set()
         self.drained += 1
         self.finishing = set()
 
@@ -663,6 +673,10 @@ class Observer:
             due += [w.since + self.policy.overflow_ttl for w in self.idle]
         if self.attempt and missing and not booting:
             due.append(self.not_before)
+        alone = self.closing and not self.workers and not self.waiting and self.unfinished
+        self.quiet = min(self.quiet, now) if alone else math.inf
+        if alone:
+            due.append(self.quiet + LINGER)
         due += [w.expires for w in self.live if not w.worn and w.expires < math.inf]
         assert broker.next_deadline() == (min(due) if due else None)
         if self.waiting:
@@ -714,7 +728,7 @@ class Observer:
             assert broker.lease_worker(lease.ticket.client + 1, lease.id) is None
 
 
-TIMES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 5.0])
+TIMES = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 5.0])
 PICK = st.integers(0, 10**6)
 
 
@@ -1113,7 +1127,11 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 3), count=st.integers(0, 2))
     def drain(self, pick: int, count: int) -> None:
         if pick == 0:
-            self.send(Drain(frozenset(self.clients[:count])))
+            for client in self.clients[:count]:
+                self.send(Unfinished(client))
+            self.send(Drain())
+            if count == 2:
+                self.send(Unfinished(self.clients[2]))
 
     @precondition(lambda self: self.books.unfinished)
     @rule(pick=PICK, block=st.booleans())
@@ -1132,6 +1150,13 @@ class BrokerMachine(RuleBasedStateMachine):
     def one_without_jobs_finishes(self, pick: int) -> None:
         if pick % 10 == 0:
             self.send(Finished(self.clients[pick % len(self.clients)]))
+
+    @precondition(lambda self: self.books.closing)
+    @rule(pick=PICK, again=st.booleans())
+    def an_engine_says_late_what_is_left(self, pick: int, again: bool) -> None:
+        self.send(Unfinished(self.clients[pick % len(self.clients)]))
+        if again:
+            self.send(Drain())
 
     @precondition(lambda self: self.last_ticket > 6 and not self.lasting)
     @rule(pick=st.integers(0, 7))
@@ -1179,7 +1204,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 if worker.state == "booting":
                     self.send(WorkerReady(worker.id))
             self.stopped_ones_exit()
-            if not self.books.waiting:
+            if not self.books.waiting and self.gentle:
                 for client in sorted(self.books.unfinished):
                     self.send(Finished(client))
             if self.broker.next_deadline() is not None:

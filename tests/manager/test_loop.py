@@ -189,8 +189,9 @@ class Bench:
         while not handshake.done:
             self.settle()
             for body in guest.receive():
-                answer = handshake.hear(body)
-                if answer is not None:
+                if handshake.done:
+                    guest.inbox.append(body)
+                elif (answer := handshake.hear(body)) is not None:
                     guest.sock.sendall(answer)
         return guest
 
@@ -701,7 +702,7 @@ def test_a_drain_waits_until_every_engine_has_asked_for_what_its_jobs_need(
     for engine in engines:
         assert engine.receive()[0][0] == frames.DRAINING
         assert bench.crew.retired == [], "the worker may be wanted"
-        engine.say(a_job(1), frames.draining(unfinished=True))
+        engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     other.checkout(1)
     assert [refused.why for refused in other.refusals()] == ["closed"]
     for engine in engines:
@@ -712,7 +713,7 @@ def test_a_drain_waits_until_every_engine_has_asked_for_what_its_jobs_need(
     assert bench.manager.finished
 
 
-@pytest.mark.parametrize("how", ["finished", "gone"])
+@pytest.mark.parametrize("how", ["finished", "gone", "silent"])
 def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
     make: Callable[..., Bench], how: str
 ) -> None:
@@ -721,7 +722,7 @@ def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
     ender.say(frames.request(frames.DRAIN, 9))
-    engine.say(frames.draining(unfinished=True))
+    engine.say(frames.draining("unfinished"), frames.draining("asked"))
     bench.exits(*bench.crew.retired)
     assert not bench.manager.finished
     engine.say(a_job(1))
@@ -733,9 +734,11 @@ def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
     assert not bench.manager.finished
     if how == "finished":
         engine.say(frames.draining())
-    else:
+    elif how == "gone":
         engine.sock.close()
         bench.settle()
+    else:  # its process is stopped, or its event loop is not run any more
+        bench.pass_time(1.0)
     assert bench.manager.finished
 
 
@@ -768,7 +771,7 @@ def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended
     ender.say(frames.request(frames.DRAIN, 9))
     bench.pass_time(SECONDS * 1.1)
     (first,) = bench.crew.retired
-    engine.say(frames.draining(unfinished=True), a_job(1))
+    engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     bench.exits(first)
     (second,) = bench.crew.hands
     bench.ready(second)
@@ -778,14 +781,47 @@ def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended
     assert bench.manager.finished
 
 
-def test_a_pool_that_is_terminated_waits_for_no_engine(make: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("how", ["asked by a client", "by itself"])
+def test_a_pool_that_is_terminated_waits_for_no_engine(
+    make: Callable[..., Bench], how: str
+) -> None:
     bench = make(pool_size=1).start()
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
-    ender.say(frames.request(frames.DRAIN, 9), frames.request(frames.TERMINATE, 10))
+    ender.say(frames.request(frames.DRAIN, 9))
+    if how == "by itself":  # its owner has died, or has sent a signal
+        bench.manager.apply(Terminate())
+    else:
+        ender.say(frames.request(frames.TERMINATE, 10))
     assert len(bench.crew.killed) == 1
-    engine.say(frames.draining())
+    engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
+    ender.say(frames.request(frames.DRAIN, 11))
+    assert [refused.why for refused in engine.refusals()] == ["closed"]
     bench.exits_killed()
+    assert bench.manager.finished
+    assert len(bench.crew.spawned) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "in time", "late"])
+def test_an_engine_that_is_just_joining_is_asked_too(make: Callable[..., Bench], when: str) -> None:
+    """It may have been made for the job that was submitted before the shutdown."""
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, ender = bench.join(), bench.join()
+    grant = holder.lease()
+    if when == "before":
+        bench.connect()  # one that says nothing, and is not waited for longer than others
+        bench.guests[-1].receive()
+    ender.say(frames.request(frames.DRAIN, 9))
+    bench.pass_time(SECONDS * {"before": 0.5, "in time": 0.0, "late": 1.1}[when])
+    engine = bench.join(engine=True)
+    engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
+    holder.say(frames.checkin(grant.lease))
+    bench.pass_time(SECONDS)
+    heard = engine.receive()
+    assert [body[0] for body in heard] == [frames.DRAINING, frames.GRANT]
+    engine.say(frames.checkin(frames.read_grant(heard[1]).lease), frames.draining())
+    bench.exits(*bench.crew.retired)
     assert bench.manager.finished
 
 

@@ -134,7 +134,8 @@ def _released(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _draining(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    return frames.draining(), frames.DRAINING, frames.read_request, 0
+    left = draw(st.sampled_from(frames.LEFT))
+    return frames.draining(left), frames.DRAINING, frames.read_draining, left
 
 
 def _plain(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
@@ -192,7 +193,7 @@ def test_a_frame_that_arrives_byte_by_byte_comes_out_at_its_last_byte(one: Any) 
 def test_every_kind_of_frame_is_in_the_round_trip() -> None:
     assert len(KINDS) == len(set(KINDS)) == 29
     readers = {"auth", "checkout", "request", "lease", "request_lease", "resize", "nonce", "grant"}
-    readers |= {"refused", "channel", "reply", "plain", "recall", "welcome"}
+    readers |= {"refused", "channel", "reply", "plain", "recall", "welcome", "draining"}
     assert {read.__name__.removeprefix("read_") for read in READERS} == readers
 
 

@@ -56,9 +56,9 @@ The rules
     be the oldest of all others'.
 11. Drain recalls every kept lease. Who asked for one with `spare_own` has jobs queued behind it:
     the worker does what it has been sent before it releases that lease; and `spare_own` checkouts
-    of a client that held or waited for a worker in that way, or does so now, or was said to be
-    unfinished, are not refused until all is drained, and it is not drained before each of these is
-    Finished or gone. All others are refused. A Resize
+    of a client that held or waited for a worker in that way, or does so now, or is Unfinished, are
+    not refused until all is drained; all others are. All is not drained before who is Unfinished is
+    Finished or gone, or has not asked for LINGER seconds while no worker was left. A Resize
     recalls the oldest until no more than pool_size are left unrecalled, and no more than limit of
     all leases. Each is recalled once in its life; whether it is still needed when it is Released
     makes no difference.
@@ -94,11 +94,12 @@ from whitepool_mp.broker.events import (
     Start,
     Terminate,
     Tick,
+    Unfinished,
     WorkerExited,
     WorkerFailed,
     WorkerReady,
 )
-from whitepool_mp.broker.moves import Moves, oldest
+from whitepool_mp.broker.moves import LINGER, Moves, oldest
 from whitepool_mp.broker.state import BOOTING, IDLE, KILLED, LEASED, RETIRING, Waiter, Worker
 from whitepool_mp.broker.status import BrokerStatus
 from whitepool_mp.policy import Policy
@@ -170,6 +171,8 @@ class Broker(Moves):
             due = min(due, oldest(roster.retiring).since + policy.stop_timeout)
         if roster.idle and roster.alive > self._pool_size:
             due = min(due, oldest(roster.idle).since + policy.overflow_ttl)
+        if self._quiet_since is not None:
+            due = min(due, self._quiet_since + LINGER)
         due = min(due, self._ages.next())
         return due if due < math.inf else None
 
@@ -206,6 +209,11 @@ class Broker(Moves):
         """The workers whose state, lease or existence the last step changed, some of them more than
         once; read them only."""
         return self._roster.changed
+
+    @property
+    def draining(self) -> bool:
+        """Whether new checkouts are refused for good."""
+        return self._draining
 
     def kept_workers(self) -> Iterator[Worker]:
         """Iterate over the workers under kept leases, recalled ones included; read them only."""
@@ -412,7 +420,9 @@ class Broker(Moves):
                 assert worker.ticket is not None
                 self._clients.setdefault(worker.client, {})[worker.ticket] = worker
             if worker.state is IDLE or worker.state is LEASED:
-                self._ages.begin(worker, worker.born)
+                # When a worker was ready is not known any more, but for one that was never used.
+                ready = worker.born if worker.leases_served else worker.since
+                self._ages.begin(worker, ready)
         self._shrink_kept(out)
         self._settle(now, out)
 
@@ -458,23 +468,29 @@ class Broker(Moves):
         self._trim(now, out)
 
     def _on_drain(self, event: Drain, now: float, out: list[Effect]) -> None:
+        if self._terminated:
+            return
         self._draining = True
         leases = self._roster.keeps.leases.values()
         self._finishing |= {kept.client for kept in leases if kept.spare_own}
         self._finishing |= {each.client for each in self._waitlist.all() if each.spare_own}
-        if not self._drained:
-            self._unfinished |= event.unfinished
-            self._finishing |= self._unfinished
+        self._finishing |= self._unfinished
         while (kept := self._roster.keeps.oldest()) is not None:
             self._recall(kept, out, patient=kept.spare_own)
         self._settle(now, out)
+
+    def _on_unfinished(self, event: Unfinished, now: float, out: list[Effect]) -> None:
+        if not (self._terminated or self._drained):
+            self._unfinished.add(event.client)
+            if self._draining:
+                self._finishing.add(event.client)
 
     def _on_finished(self, event: Finished, now: float, out: list[Effect]) -> None:
         self._unfinished.discard(event.client)
         self._settle(now, out)
 
     def _on_terminate(self, event: Terminate, now: float, out: list[Effect]) -> None:
-        self._draining = True
+        self._draining = self._terminated = True
         self._finishing.clear()
         self._unfinished.clear()
         for waiter in self._waitlist.all():
@@ -506,6 +522,7 @@ _AFTER_START: _Handlers = {
     Tick: Broker._on_tick,
     Resize: Broker._on_resize,
     Drain: Broker._on_drain,
+    Unfinished: Broker._on_unfinished,
     Finished: Broker._on_finished,
     Terminate: Broker._on_terminate,
 }

@@ -34,6 +34,7 @@ __all__ = [
     "Start",
     "Terminate",
     "Tick",
+    "Unfinished",
     "WorkerExited",
     "WorkerFailed",
     "WorkerReady",
@@ -189,14 +190,14 @@ class Resize(Record):
 
 
 class Drain(Record):
-    """Refuse new checkouts, serve those who wait, then stop every worker.
+    """Refuse new checkouts, serve those who wait, then stop every worker."""
 
-    Args:
-        unfinished: clients with jobs queued behind `spare_own` checkouts, whose `Finished` is
-            waited for.
-    """
 
-    unfinished: frozenset[int] = frozenset()
+class Unfinished(Record):
+    """A client has jobs queued behind `spare_own` checkouts, of which a drain is to let it ask for
+    more. Said before the `Drain`, or after it."""
+
+    client: int
 
 
 class Finished(Record):
@@ -225,6 +226,7 @@ Event = (
     | Tick
     | Resize
     | Drain
+    | Unfinished
     | Finished
     | Terminate
 )

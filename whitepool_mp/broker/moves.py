@@ -69,6 +69,8 @@ _REFUSED: dict[Why, str] = {
 
 PATIENCE = 3
 """How many rounds of starts may die without a word until waiters are refused."""
+LINGER = 0.25
+"""Seconds for which a drained pool without workers waits for who has jobs left to ask for one."""
 
 
 def oldest(workers: OrderedDict[int, Worker]) -> Worker:
@@ -91,6 +93,8 @@ class Moves:
         self._draining = False
         self._finishing: set[int | None] = set()  # clients with jobs queued as the drain began
         self._unfinished: set[int] = set()  # those of them that are waited for
+        self._quiet_since: float | None = None  # since when nothing but those is waited for
+        self._terminated = False
         self._drained = False
         self._roster = Roster()
         self._waitlist = Waitlist()
@@ -193,12 +197,27 @@ class Moves:
                 self._retire_idle(oldest(roster.idle), now, out)
             while roster.booting:
                 self._kill(oldest(roster.booting), "the pool is draining", now, out)
-            if not (roster.known or self._unfinished or self._drained):
-                self._drained = True
-                self._finishing.clear()
-                out.append(Drained())
+            if not roster.known:
+                self._end(now, out)
+                return
         else:
             self._grow(now, out)
+        self._quiet_since = None
+
+    def _end(self, now: float, out: list[Effect]) -> None:
+        """A draining pool has no workers, and nobody waits: it has ended, but for a moment in which
+        who has jobs left may ask for one."""
+        if self._unfinished:
+            if self._quiet_since is None:
+                self._quiet_since = now
+            if now < self._quiet_since + LINGER:
+                return
+            self._unfinished.clear()
+        self._quiet_since = None
+        if not self._drained:
+            self._drained = True
+            self._finishing.clear()
+            out.append(Drained())
 
     def _start_failed(
         self, worker: Worker, reason: str, now: float, out: list[Effect], *, told: bool
@@ -236,8 +255,7 @@ class Moves:
 
     def _give_back(self, worker: Worker, now: float, out: list[Effect], worn: bool = False) -> None:
         """Take a clean worker back from its holder."""
-        if worn:
-            self._wear(worker)
+        worker.worn = worker.worn or worn
         self._detach(worker)
         self._place(worker, now, out)
         self._settle(now, out)
@@ -265,9 +283,7 @@ class Moves:
             if others < self._pool_size or self._policy.overflow_ttl > 0:
                 self._roster.rest(worker, now)
                 return
-        self._counters["retired"] += 1
-        self._roster.stop(worker, RETIRING, now)
-        out.append(Retire(worker.id))
+        self._retire(worker, now, out)
 
     def _grant(
         self,
@@ -296,15 +312,9 @@ class Moves:
         self._roster.keeps.recall(worker)
         out.append(Recall(worker.id, worker.lease, patient))
 
-    def _wear(self, worker: Worker) -> None:
-        """Note that a worker has served for long enough."""
-        if not worker.worn:
-            self._counters["recycled"] += 1
-            worker.worn = True
-
     def _age(self, worker: Worker, now: float, out: list[Effect]) -> None:
         """A worker is too old to serve on: it retires now, or when its lease ends."""
-        self._wear(worker)
+        worker.worn = True
         if worker.state is IDLE:
             self._retire_idle(worker, now, out)
         elif worker.coming:
@@ -313,8 +323,12 @@ class Moves:
             self._recall(worker, out)
 
     def _retire_idle(self, worker: Worker, now: float, out: list[Effect]) -> None:
-        self._counters["retired"] += 1
         self._roster.detach(worker)
+        self._retire(worker, now, out)
+
+    def _retire(self, worker: Worker, now: float, out: list[Effect]) -> None:
+        self._counters["retired"] += 1
+        self._counters["recycled"] += worker.worn
         self._roster.stop(worker, RETIRING, now)
         out.append(Retire(worker.id))
 

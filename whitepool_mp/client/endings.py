@@ -210,6 +210,7 @@ class Endings(Flights):
                 self.fail_all(task, error)
         self._leases.clear()
         self.free.clear()
+        self.passing.clear()
         self._roomy.clear()
         self._stacked.clear()
         self._long.clear()

@@ -40,6 +40,7 @@ from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
 from whitepool_mp.wire import descriptors, frames
 
+Kept = tuple[dict[EngineLease, None], dict[EngineLease, None]]
 _LOOK = -1
 """In the place of a call's number: not its timeout is due but a look at its lease."""
 
@@ -85,7 +86,7 @@ class Engine(Channels):
             self,
             _leave,
             self._outbox,
-            self.jobs.free,
+            self.jobs.kept,
             self._sock,
             self._epoll,
             self._wake,
@@ -169,11 +170,13 @@ class Engine(Channels):
     def flush(self) -> None:
         """Send whatever can be sent of what was asked for."""
         self._take_in()
+        if self._mustered and not self.jobs.idle:
+            self._outbox += frames.draining("unfinished")  # so that what it asks for is heard
         self.jobs.dispatch()
         if self._mustered or (self._unfinished and self.jobs.idle):
             self._mustered = False
             self._unfinished = not self.jobs.idle
-            self._outbox += frames.draining(self._unfinished)
+            self._outbox += frames.draining("asked" if self._unfinished else "finished")
         if not self._outbox or self._handshake is not None or self.broken is not None:
             return
         try:
@@ -206,7 +209,7 @@ class Engine(Channels):
     def give_back(self) -> None:
         """Check in the workers that are kept here and have nothing to do."""
         if self.broken is None and not self._closed:
-            _give_back(self._outbox, self.jobs.free, self._sock)
+            _give_back(self._outbox, self.jobs.kept, self._sock)
 
     def close(self) -> None:
         """Let go of everything; what has not ended fails with `PoolClosed`."""
@@ -363,24 +366,25 @@ class Engine(Channels):
         self.jobs.destroy(lease, reason)
 
 
-def _give_back(outbox: bytearray, free: dict[EngineLease, None], sock: socket.socket) -> None:
+def _give_back(outbox: bytearray, kept: Kept, sock: socket.socket) -> None:
     """Check in what is kept and has nothing to do, so that it need not be replaced."""
-    for lease in free:
+    leases = [lease for part in kept for lease in part]
+    for lease in leases:
         lease.note_returned()
-    data = bytes(outbox) + b"".join(frames.checkin(lease.id) for lease in free)
+    data = bytes(outbox) + b"".join(frames.checkin(lease.id) for lease in leases)
     with contextlib.suppress(OSError):  # then the manager sees the connection end
         sock.send(data)
 
 
 def _leave(
     outbox: bytearray,
-    free: dict[EngineLease, None],
+    kept: Kept,
     sock: socket.socket,
     epoll: select.epoll,
     wake: int,
 ) -> None:
     """An engine was left behind."""
-    _give_back(outbox, free, sock)
+    _give_back(outbox, kept, sock)
     _close(sock, epoll, wake)
 
 

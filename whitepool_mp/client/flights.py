@@ -41,6 +41,8 @@ class Flights:
 
     Attributes:
         free: the leases that are kept and have nothing to do.
+        passing: those that have nothing to do but pass what was taken back.
+        kept: both of these.
         running: how many tasks are in flight.
         draining: whether the pool is shutting down: what was submitted is finished, no more.
     """
@@ -50,6 +52,8 @@ class Flights:
         self._pending: deque[Task] = deque()
         self._leases: dict[int, EngineLease] = {}  # by worker
         self.free: dict[EngineLease, None] = {}
+        self.passing: dict[EngineLease, None] = {}
+        self.kept = self.free, self.passing
         self._roomy: dict[EngineLease, None] = {}  # busy, and might take more
         self._unkept: dict[EngineLease, None] = {}  # those that may not be kept
         self._long: dict[EngineLease, None] = {}  # with work for longer than a turn, perhaps
@@ -129,10 +133,12 @@ class Flights:
         self._stacked.pop(lease, None)
         self._long.pop(lease, None)
         channel = lease.channel
-        if channel is not None and channel.taken is not None:
-            return  # until the worker has passed what was taken back
         if lease.manual:
             return
+        if channel is not None and channel.taken is not None:
+            self.passing[lease] = None  # until the worker has passed what was taken back
+            return
+        self.passing.pop(lease, None)
         used_up = channel is not None and channel.number >= LAST_NUMBER
         worn = channel is not None and (lease.left <= 0 or channel.page.worn)
         if lease.keep and not (used_up or worn or self.draining):
@@ -150,6 +156,7 @@ class Flights:
         if self._leases.get(lease.worker) is lease:
             del self._leases[lease.worker]
         self.free.pop(lease, None)
+        self.passing.pop(lease, None)
         self._roomy.pop(lease, None)
         self._stacked.pop(lease, None)
         self._unkept.pop(lease, None)

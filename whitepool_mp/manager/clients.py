@@ -46,6 +46,7 @@ MAX_UNREAD = 4 << 20
 class Audience(Protocol):
     """Who is told what clients say."""
 
+    def client_joined(self, client: Client, number: int) -> None: ...
     def client_said(self, client: Client, body: bytes) -> None: ...
     def client_gone(self, client: Client) -> None: ...
 
@@ -145,6 +146,7 @@ class Door:
         for past in clients:
             client = Client(past.number, nowhere, self._clock())
             client.link, client.member, client.pid = past.link, past.member, past.pid
+            client.proven = True
             try:
                 pidfd = kin.hold(past.pid, past.started) if past.link else None
             except OSError:
@@ -169,6 +171,13 @@ class Door:
             self._loop.remove(pidfd)
             os.close(pidfd)
         return client
+
+    def newcomers(self) -> set[int]:
+        """The numbers of all whose coming is known and who they are is not."""
+        if self._listening:
+            self._accept()
+        absent = {client.id for client, _ in self._absent.values()}
+        return absent | set(self._silent)
 
     def next_deadline(self) -> float | None:
         """When the oldest unproven connection has to be closed, or may be for another."""
@@ -258,17 +267,19 @@ class Door:
         self._loop.change(client.sock.fileno(), READ)
 
     def drop(self, client: Client) -> None:
-        """Close a connection; its audience is told, if it was let in."""
+        """Close a connection, and tell."""
         if client.sock.fileno() < 0:
             return
         self._loop.remove(client.sock.fileno())
         client.sock.close()
-        self._silent.pop(client.id, None)
+        unproven = self._silent.pop(client.id, None) is client
         for _, passed in client.unsent:
             for item in passed:
                 item.close()
         client.unsent.clear()
-        if self.clients.pop(client.id, None) is not None:
+        if unproven:
+            self._audience.client_gone(client)
+        elif self.clients.pop(client.id, None) is not None:
             self._books.left(client)
             self._audience.client_gone(client)
 
@@ -401,6 +412,7 @@ class Door:
         client.decoder.limit = 64 * 1024
         del self._silent[client.id]
         client.link, client.engine = answer.link, answer.engine
+        number = client.id
         known = self._not_absent(client.link)
         if known is not None:
             client.id = known.id
@@ -409,6 +421,7 @@ class Door:
         self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
         self.send(client, frames.welcome(proof, self._books.generation))
+        self._audience.client_joined(client, number)
 
 
 class _Copy:

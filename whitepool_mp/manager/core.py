@@ -36,6 +36,7 @@ from whitepool_mp.broker import (
     Start,
     Terminate,
     Tick,
+    Unfinished,
     WorkerExited,
     WorkerFailed,
     WorkerReady,
@@ -113,7 +114,6 @@ class Manager:
         self.finished = False
         self._reunion: reunions.Reunion | None = None  # while those who waited ask again
         self._muster: reunions.Muster | None = None  # while engines are asked, before a drain
-        self._unfinished: set[int] = set()  # those with jobs left
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
             frames.CHECKIN: self._on_checkin,
@@ -209,8 +209,10 @@ class Manager:
         An event that a performed effect brings about waits for its turn: effects are performed in
         the order in which they were decided.
         """
-        if self._reunion is not None and type(event) is Terminate:
-            self._reunited()
+        if type(event) is Terminate:
+            self._muster = None
+            if self._reunion is not None:
+                self._reunited()
         self._events.append(event)
         if self._performing:
             return
@@ -290,8 +292,8 @@ class Manager:
 
     def client_gone(self, client: Client) -> None:
         """A client's connection ended: what it held is dirty."""
-        self.apply(ClientGone(client.id))
-        self._unfinished.discard(client.id)
+        if client.proven:
+            self.apply(ClientGone(client.id))
         self._is_back(client)
         self._has_asked(client)
 
@@ -394,23 +396,34 @@ class Manager:
     def _drain(self) -> None:
         """Tell everybody, and drain when the engines have said what is left to be done."""
         self._books.draining(terminated=False)
-        everybody = list(self._door.clients.values())
-        if self._muster is None and not self._broker.status().draining:
-            engines = {each.id for each in everybody if each.engine}
-            self._muster = reunions.Muster(engines, self._clock() + reunions.SECONDS)
-        for each in everybody:
+        if self._muster is None and not self._broker.draining:
+            missing = self._door.newcomers()
+            missing |= {each.id for each in self._door.clients.values() if each.engine}
+            self._muster = reunions.Muster(missing, self._clock() + reunions.SECONDS)
+        for each in list(self._door.clients.values()):
             self._door.send(each, frames.draining())
-        if self._muster is None or not self._muster.missing:
+        if self._muster is not None and not self._muster.missing:
             self._mustered()
 
+    def client_joined(self, client: Client, number: int) -> None:
+        """A connection has proved itself; `number` is what it had before."""
+        muster = self._muster
+        if client.engine and (muster is not None or self._broker.draining):
+            self._door.send(client, frames.draining())
+        if muster is not None:
+            muster.missing.discard(number)
+            if client.engine:
+                muster.missing.add(client.id)
+            elif not muster.missing:
+                self._mustered()
+
     def _on_draining(self, client: Client, body: bytes) -> None:
-        """An engine says whether it has jobs left, for each of which it has asked or will ask."""
-        if frames.read_request(body):
-            self._unfinished.add(client.id)
-            if self._muster is None and self._broker.status().draining:
-                self._mustered()  # it was waited for no longer, and comes in time all the same
-        else:
-            self._unfinished.discard(client.id)
+        """An engine says what is left of its jobs."""
+        left = frames.read_draining(body)
+        if left == "unfinished":
+            self.apply(Unfinished(client.id))
+            return
+        if left == "finished":
             self.apply(Finished(client.id))
         self._has_asked(client)
 
@@ -421,11 +434,10 @@ class Manager:
 
     def _mustered(self) -> None:
         self._muster = None
-        self.apply(Drain(frozenset(self._unfinished)))
+        self.apply(Drain())
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
-        self._muster = None
         self._books.draining(terminated=True)
         self.apply(Terminate())
 

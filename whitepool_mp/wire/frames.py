@@ -69,6 +69,9 @@ FAILED = 131
 RECALL = 132
 RELEASED = 133
 
+LEFT = ("finished", "unfinished", "asked")
+"""What an engine says of its jobs when the pool drains."""
+
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")
@@ -375,13 +378,21 @@ def read_channel(body: bytes) -> tuple[int, bool]:
     return slot, lost
 
 
-def draining(unfinished: bool = False) -> bytes:
+def draining(left: str = "finished") -> bytes:
     """To every client, unasked: finish what was begun, the pool is shutting down.
 
-    And an engine's answer, when it has asked for what the jobs need that were queued there: whether
-    there are any. If so it says so again when there are none left.
+    And an engine's answer: "unfinished" at once if it has jobs, "asked" when it has asked for what
+    they need; and "finished" when it has none, or none any more.
     """
-    return frame(_REQUEST.pack(DRAINING, unfinished))
+    return frame(_REQUEST.pack(DRAINING, LEFT.index(left)))
+
+
+def read_draining(body: bytes) -> str:
+    """Decode an engine's DRAINING."""
+    left = read_request(body)
+    if left >= len(LEFT):
+        raise ProtocolError(f"a DRAINING of {left}")
+    return LEFT[left]
 
 
 def reply(number: int, value: Any) -> bytes:
