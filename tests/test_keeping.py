@@ -929,6 +929,34 @@ def test_a_shutdown_finishes_the_first_job_of_another_process(connected: bool) -
             session.terminate()
 
 
+def test_a_shutdown_finishes_the_first_job_of_a_loop_that_is_busy_for_a_moment() -> None:
+    """It had dialled, and says more only when the pool drains already; somebody's lease is left."""
+    code = """
+        import asyncio, time
+        session = given()
+        async def work():
+            task = asyncio.create_task(session.aio().run(abs, -2))
+            await asyncio.sleep(0)
+            tell("submitted")
+            time.sleep(0.6)
+            assert await task == 2
+        asyncio.run(work())
+    """
+    session = Pool(2).run_service()
+    try:
+        whole(session)
+        with script(code, "forkserver") as client, session.checkout(T) as lease:
+            client.give(session)
+            assert client.hear() == "submitted"
+            with thread(session.safe_shutdown, T) as ended:
+                _, error = client.finish()
+                assert error == ""
+                lease.checkin()
+                ended.result(T)
+    finally:
+        session.terminate()
+
+
 def test_an_event_loop_that_is_not_run_any_more_holds_up_no_shutdown() -> None:
     """A job of its is running: it has said that it is not finished, and will not say that it is."""
     loop = asyncio.new_event_loop()

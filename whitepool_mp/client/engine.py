@@ -279,6 +279,11 @@ class Engine(Channels):
             if self._generation:
                 self._again()
             self._generation = handshake.generation
+            self._take_in()
+            if not self.jobs.idle:
+                # Before all that was asked for meanwhile: this manager may be draining the pool.
+                self._unfinished = True
+                self._outbox[:0] = frames.draining("unfinished")
         return True
 
     def _rejoin(self) -> None:

@@ -210,9 +210,9 @@ class Manager:
         the order in which they were decided.
         """
         if type(event) is Terminate:
-            self._muster = None
             if self._reunion is not None:
                 self._reunited()
+            self._muster = None
         self._events.append(event)
         if self._performing:
             return
@@ -411,7 +411,7 @@ class Manager:
         if client.engine and (muster is not None or self._broker.draining):
             self._door.send(client, frames.draining())
         if muster is not None:
-            muster.missing.discard(number)
+            muster.missing -= {number, client.id}
             if client.engine:
                 muster.missing.add(client.id)
             elif not muster.missing:
