@@ -42,7 +42,11 @@ def from_file(name: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -
     return make(*args).replace(co_filename=name)
 
 
+_own, *_others = cloudpickle.Pickler.dispatch_table.maps
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    # Flat, as cloudpickle's own: each object of a type that is not in there is looked up in all.
     dispatch_table: ClassVar[Mapping[Any, Any]] = ChainMap(
-        {CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table
+        {**_own, CodeType: _reduce_code}, *_others
     )
