@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from anatomy import workers
-from support import descriptors, files, last_pid, pids, processes
+from support import NewPool, descriptors, files, last_pid, pids, processes
 
 from whitepool_mp import Executor, Pool, Session
 from whitepool_mp.executor import SessionExecutor
@@ -112,3 +112,13 @@ def executor(request: pytest.FixtureRequest) -> Iterator[SessionExecutor]:
     else:
         with Pool(2) as running, running.executor() as borrowed:
             yield borrowed
+
+
+@pytest.fixture
+def new_pool(start_method: str) -> NewPool:
+    """`Pool` with the start method under test."""
+
+    def make(size: int = 2, overflow: int = 0, factory: object = None, **options: object) -> Pool:
+        return Pool(size, overflow, factory, start_method=start_method, **options)  # type: ignore
+
+    return make

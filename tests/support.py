@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from whitepool_mp import Session
+from whitepool_mp import Pool, Session
+
+NewPool = Callable[..., Pool]
 
 MARK = "WHITEPOOL_TEST_RUN"
 RUN = uuid.uuid4().hex

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from anatomy import elapsed, gone, manager, no_successor, workers
-from support import processes, until
+from support import NewPool, processes, until
 from user_script import ROOT, script
 
 from whitepool_mp import (
@@ -34,18 +34,6 @@ from whitepool_mp.config import THREAD_VARIABLES, usable_cpus
 
 SOON = 10.0
 """Seconds: far more than anything here takes, far less than what never ends."""
-
-NewPool = Callable[..., Pool]
-
-
-@pytest.fixture
-def new_pool(start_method: str) -> NewPool:
-    """`Pool` with the start method under test."""
-
-    def make(size: int = 2, overflow: int = 0, factory: object = None, **options: object) -> Pool:
-        return Pool(size, overflow, factory, start_method=start_method, **options)  # type: ignore
-
-    return make
 
 
 def folder(session: Session) -> Path:

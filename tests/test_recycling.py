@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,24 +12,12 @@ import errands
 import psutil
 import pytest
 from anatomy import kill, manager
-from support import until, whole
+from support import NewPool, until, whole
 
 from whitepool_mp import Pool, Session, WorkerDied
 
 T = 60.0
 MIB = 1 << 20
-
-NewPool = Callable[..., Pool]
-
-
-@pytest.fixture
-def new_pool(start_method: str) -> NewPool:
-    """`Pool` with the start method under test."""
-
-    def make(size: int = 2, overflow: int = 0, factory: object = None, **options: object) -> Pool:
-        return Pool(size, overflow, factory, start_method=start_method, **options)  # type: ignore
-
-    return make
 
 
 def recycled(session: Session) -> int:

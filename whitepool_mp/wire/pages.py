@@ -56,7 +56,8 @@ FLOATS = 3
 MARK = 11
 """If they are numbers: what lies behind the last of them."""
 RSS = 12
-"""The worker's resident memory in bytes, when it was ready and after each call that took long."""
+"""The worker's resident memory in bytes, when it was ready and after each call that took long, or
+with MAX_RSS after every one."""
 THREAD = 13
 """By what number the worker's main thread is known in a stack, once it can be asked for one."""
 PID = 14

@@ -54,12 +54,14 @@ class Answers:
         self._calls = 0  # how many have begun
         self._max_calls = pages.UNLIMITED
         self._max_rss = 0
+        self._unmeasured = SHORT  # nanoseconds; memory is measured after calls that took longer
 
     def set_limits(self) -> None:
         """Take up what the manager has written about when this worker has served for long enough:
         it has done so before it hands it a channel."""
         self._max_calls = self._words[pages.MAX_CALLS] or pages.UNLIMITED
         self._max_rss = self._words[pages.MAX_RSS]
+        self._unmeasured = -1 if self._max_rss else SHORT
 
     def measure(self) -> None:
         """Note how much memory this process has now, for whoever will ask after its death, and
@@ -79,7 +81,7 @@ class Answers:
         if self._copied:
             os._exit(1)
         self._send_unsent(channel)
-        if took > SHORT or self._max_rss:
+        if took > self._unmeasured:
             self.measure()
         last = memoryview(pieces[-1]).cast("B")
         messages.send_all(channel.sock, [*pieces[:-1], last[:-_TAIL]])
@@ -93,22 +95,11 @@ class Answers:
         """
         if self._copied:
             os._exit(1)  # its parent answers
-        if took >= SHORT:
-            self._answer_long(channel, data, took)
-            return
-        if self._max_rss:
+        if took > self._unmeasured:
             self.measure()
-        if (self._more or channel.reader.more) and self._put(data):
+        if took < SHORT and (self._more or channel.reader.more) and self._put(data):
             self._words[ENDED] = self._calls
             return
-        if self._unsent:
-            self._send_unsent(channel)
-        self._transmit(channel, data)
-
-    def _answer_long(self, channel: Channel, data: bytes | memoryview, took: int) -> None:
-        """Send the answer of a call that took long, or of which that is not known (`SHORT`)."""
-        if took > SHORT or self._max_rss:
-            self.measure()
         if self._unsent:
             self._send_unsent(channel)
         self._transmit(channel, data)
