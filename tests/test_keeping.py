@@ -929,6 +929,35 @@ def test_a_shutdown_finishes_the_first_job_of_another_process(connected: bool) -
             session.terminate()
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_shutdown_finishes_the_job_of_a_process_that_gets_no_cpu_for_a_second(
+    connected: bool,
+) -> None:
+    """It cannot be asked then. (Functions of a `PyDLL` keep other threads from running.)"""
+    code = f"""
+        import ctypes
+        libc = ctypes.PyDLL(None)
+        session = given()
+        if {connected}:
+            session.submit(abs, -1).result(20)
+        future = session.submit(abs, -2)
+        libc.write(1, b'"submitted"\\n', 12)
+        libc.usleep(999_999)
+        assert future.result(20) == 2
+    """
+    session = Pool(1).run_service()
+    try:
+        whole(session)
+        with script(code, "forkserver") as client:
+            client.give(session)
+            assert client.hear() == "submitted"
+            session.safe_shutdown(T)
+            _, error = client.finish()
+            assert error == ""
+    finally:
+        session.terminate()
+
+
 def test_a_shutdown_finishes_the_first_job_of_a_loop_that_is_busy_for_a_moment() -> None:
     """It had dialled, and says more only when the pool drains already; somebody's lease is left."""
     code = """

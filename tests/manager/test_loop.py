@@ -28,7 +28,7 @@ from whitepool_mp.manager.clients import (
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
-from whitepool_mp.manager.reunion import SECONDS
+from whitepool_mp.manager.reunion import ANSWER_SECONDS
 from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.ledger import Ledger
@@ -141,9 +141,7 @@ class Bench:
         self.listener.listen(1024)
         self.crew = Crew(self.loop)
         sizes = {"pool_size": 2, "max_overflow": 0} | policy
-        fd = ledgers.create()
-        self.ledger = Ledger(fd)
-        os.close(fd)
+        self.ledger = Ledger(ledgers.create())
         self.ledger.words[ledgers.LAUNCHED] = 1
         books = Books(self.ledger)
         clock = self.loop.clock
@@ -193,6 +191,12 @@ class Bench:
                     guest.inbox.append(body)
                 elif (answer := handshake.hear(body)) is not None:
                     guest.sock.sendall(answer)
+        if engine:
+            (fd,) = guest.fds
+            guest.mark = ledgers.mark(fd, handshake.place)
+            os.close(guest.fds.pop())
+        assert guest.fds == []
+        guest.number = max(self.door.clients)
         return guest
 
     def connect(self) -> Guest:
@@ -203,10 +207,13 @@ class Bench:
     def close(self) -> None:
         for guest in self.guests:
             guest.sock.close()
+            if guest.mark is not None:
+                guest.mark.release()
         self.settle()
         self.door.close()
         for worker in list(self.crew.hands):
             self.crew.bury(worker)
+        os.close(self.ledger.fd)
         self.ledger.close()
         self.loop.close()
 
@@ -223,6 +230,8 @@ class Guest:
         self.inbox: list[bytes] = []
         self.fds: list[int] = []
         self.closed = False
+        self.mark: memoryview | None = None  # an engine's
+        self.number = 0
 
     def say(self, *data: bytes) -> None:
         """Send frames and let the manager answer."""
@@ -738,28 +747,65 @@ def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
         engine.sock.close()
         bench.settle()
     else:  # its process is stopped, or its event loop is not run any more
-        bench.pass_time(1.0)
+        bench.pass_time(ANSWER_SECONDS)
     assert bench.manager.finished
 
 
 @pytest.mark.parametrize("how", ["says nothing", "goes"])
-def test_a_drain_waits_but_a_moment_for_an_engine_that_does_not_answer(
+def test_a_drain_waits_but_a_while_for_an_engine_that_does_not_answer(
     make: Callable[..., Bench], how: str
 ) -> None:
     bench = make(pool_size=1).start()
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(SECONDS * 0.9)
+    bench.pass_time(ANSWER_SECONDS * 0.9)
     assert bench.crew.retired == []
     if how == "goes":
         engine.sock.close()
         bench.settle()
     else:
-        bench.pass_time(SECONDS * 0.2)
+        bench.pass_time(ANSWER_SECONDS * 0.2)
     assert len(bench.crew.retired) == 1
     bench.exits(*bench.crew.retired)
     assert bench.manager.finished
+
+
+def test_a_drain_does_not_wait_for_an_engine_that_is_marked_as_having_no_jobs(
+    make: Callable[..., Bench],
+) -> None:
+    """It may be stopped, or its event loop not run, for as long as it likes."""
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engines = [bench.join(engine=True) for _ in range(3)]
+    ender = bench.join()
+    for engine in engines:
+        assert engine.mark is not None
+        assert engine.mark[0] == 1, "it may have been made for a job"
+        engine.mark[0] = 0
+    engines[0].mark[0] = 1
+    ender.say(frames.request(frames.DRAIN, 9))
+    assert bench.crew.retired == []
+    engines[0].say(frames.draining())
+    assert len(bench.crew.retired) == 1
+    bench.exits(*bench.crew.retired)
+    assert bench.manager.finished
+
+
+def test_the_mark_of_an_engine_is_its_own(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    engines = [bench.join(engine=True) for _ in range(600)]  # more than fit on a page
+    assert bench.join().mark is None
+    for number, engine in enumerate(engines):
+        assert engine.mark is not None
+        engine.mark[0] = number % 3 == 0
+    marked = [engine.number for engine in engines[::3]]
+    assert bench.door.busy() == set(marked)
+    engines[0].sock.close()
+    bench.settle()
+    assert bench.door.busy() == set(marked[1:])
+    again = bench.join(engine=True)  # in the other one's place
+    assert bench.door.busy() == {*marked[1:], again.number}
 
 
 def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended(
@@ -769,7 +815,7 @@ def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(SECONDS * 1.1)
+    bench.pass_time(ANSWER_SECONDS * 1.1)
     (first,) = bench.crew.retired
     engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     bench.exits(first)
@@ -813,11 +859,11 @@ def test_an_engine_that_is_just_joining_is_asked_too(make: Callable[..., Bench],
         bench.connect()  # one that says nothing, and is not waited for longer than others
         bench.guests[-1].receive()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(SECONDS * {"before": 0.5, "in time": 0.0, "late": 1.1}[when])
+    bench.pass_time(ANSWER_SECONDS * {"before": 0.5, "in time": 0.0, "late": 1.1}[when])
     engine = bench.join(engine=True)
     engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     holder.say(frames.checkin(grant.lease))
-    bench.pass_time(SECONDS)
+    bench.pass_time(ANSWER_SECONDS)
     heard = engine.receive()
     assert [body[0] for body in heard] == [frames.DRAINING, frames.GRANT]
     engine.say(frames.checkin(frames.read_grant(heard[1]).lease), frames.draining())

@@ -92,8 +92,8 @@ def _challenge(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _welcome(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    proof = draw(NONCE)
-    return frames.welcome(proof, number), frames.WELCOME, frames.read_welcome, (proof, number)
+    fields = draw(NONCE), number, draw(U32)
+    return frames.welcome(*fields), frames.WELCOME, frames.read_welcome, fields
 
 
 def _adopt(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:

@@ -69,7 +69,7 @@ _REFUSED: dict[Why, str] = {
 
 PATIENCE = 3
 """How many rounds of starts may die without a word until waiters are refused."""
-LINGER = 0.25
+LINGER = 5.0
 """Seconds for which a drained pool without workers waits for who has jobs left to ask for one."""
 
 

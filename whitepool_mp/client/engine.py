@@ -38,7 +38,7 @@ from whitepool_mp.client.link import JOINS, Handshake, LinkBroken, dial, new_lin
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
-from whitepool_mp.wire import descriptors, frames
+from whitepool_mp.wire import descriptors, frames, ledger
 
 Kept = tuple[dict[EngineLease, None], dict[EngineLease, None]]
 _LOOK = -1
@@ -74,6 +74,7 @@ class Engine(Channels):
         self._epoll.register(self._wake, select.EPOLLIN)
         self.jobs = Dispatcher(self)
         self._inbox: deque[Task] = deque()
+        self._mark = _no_mark()  # whether there may be jobs: soon one that the manager sees
         self._mustered = False  # whether the pool is about to drain, and is to be told what is left
         self._unfinished = False  # whether it was told that something is
         self._asleep = False
@@ -115,6 +116,7 @@ class Engine(Channels):
     def put(self, task: Task) -> None:
         """Queue a task, from any thread."""
         self._inbox.append(task)
+        self._mark[0] = 1
         if self._closed:
             self._fail_inbox()
         elif self._asleep and self.jobs.hungry:
@@ -173,6 +175,10 @@ class Engine(Channels):
         if self._mustered and not self.jobs.idle:
             self._outbox += frames.draining("unfinished")  # so that what it asks for is heard
         self.jobs.dispatch()
+        if self._mark[0] and self.jobs.idle:
+            self._mark[0] = 0
+            if self._inbox:
+                self._mark[0] = 1  # `put` a moment ago
         if self._mustered or (self._unfinished and self.jobs.idle):
             self._mustered = False
             self._unfinished = not self.jobs.idle
@@ -223,6 +229,7 @@ class Engine(Channels):
     def discard(self) -> None:
         """Close this process's descriptors, and nothing else."""
         self._closed = True
+        self._mark = _no_mark()  # in a forked child the other one is the parent's
         with self._wake_lock:
             if self._collected.detach() is not None:
                 for channel in self._channels.values():
@@ -273,6 +280,7 @@ class Engine(Channels):
         if handshake.done:
             self._handshake = None
             self._joins = 0
+            self._have_mark(handshake.place)
             if handshake.generation == self._generation:
                 self._break(self._gone())  # it closed the connection before this, and lives on
                 return False
@@ -285,6 +293,19 @@ class Engine(Channels):
                 self._unfinished = True
                 self._outbox[:0] = frames.draining("unfinished")
         return True
+
+    def _have_mark(self, place: int) -> None:
+        """Let the manager see whether there are jobs, if there is room for that here."""
+        if not self._fds:
+            return  # the descriptor was lost: the mark stays as the manager made it, set
+        fd = self._fds.popleft()
+        try:
+            self._mark = ledger.mark(fd, place)
+        except OSError:
+            return
+        finally:
+            os.close(fd)
+        self._mark[0] = 1  # until the next `flush`
 
     def _rejoin(self) -> None:
         """The connection ended: join the manager that takes over, if there is to be one."""
@@ -320,6 +341,7 @@ class Engine(Channels):
         if self.broken is not None:
             return
         self.broken = error
+        self._mark = _no_mark()
         if self._sock.fileno() >= 0:
             self._epoll.unregister(self._sock.fileno())
         for channel in list(self._channels.values()):
@@ -356,6 +378,7 @@ class Engine(Channels):
 
     def submit(self, task: Task) -> None:
         """Queue a task for whichever worker becomes free; in the driver's thread."""
+        self._mark[0] = 1
         self.jobs.submit(task)
 
     def start(self, task: Task, lease: EngineLease) -> None:
@@ -369,6 +392,11 @@ class Engine(Channels):
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
         self.jobs.destroy(lease, reason)
+
+
+def _no_mark() -> memoryview:
+    """A mark that nobody else sees."""
+    return memoryview(bytearray(8)).cast("Q")
 
 
 def _give_back(outbox: bytearray, kept: Kept, sock: socket.socket) -> None:

@@ -111,13 +111,14 @@ class Handshake:
 
     Attributes:
         generation: the how manieth manager of the pool it was, once `done`.
+        place: where the connection's mark is in the ledger.
     """
 
     def __init__(self, key: bytes, member: bytes, link: int = 0, engine: bool = False) -> None:
         self._key = key
         self._member = member
         self._link = link, engine
-        self.generation = 0
+        self.generation = self.place = 0
         self._nonce = os.urandom(frames.NONCE_BYTES)
         self._expected: bytes | None = None
         self.done = False
@@ -139,7 +140,7 @@ class Handshake:
             raise AuthenticationFailed("the pool refused this session's key")
         if body[0] != frames.WELCOME or self._expected is None:
             raise ProtocolError(f"the peer sent a frame of kind {body[0]} while joining")
-        proof, self.generation = frames.read_welcome(body)
+        proof, self.generation, self.place = frames.read_welcome(body)
         if not auth.same(self._expected, proof):
             raise AuthenticationFailed(
                 "the process that listens there does not have the pool's key"

@@ -69,6 +69,7 @@ class Books:
     """
 
     def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._words = ledger.words
         self._workers: dict[int, int] = {}  # where each one's record begins
         self._clients: dict[int, int] = {}
@@ -139,8 +140,8 @@ class Books:
 
     # --- clients --------------------------------------------------------------------------
 
-    def joined(self, client: Client) -> None:
-        """A client proved itself."""
+    def joined(self, client: Client) -> int | None:
+        """A client proved itself; its place in the ledger, None if that is full."""
         words = self._words
         at = self._clients.get(client.id)
         if at is None:
@@ -150,8 +151,9 @@ class Books:
                 at = Ledger.client(self._most_clients)
                 self._most_clients += 1
             else:
-                return
+                return None
             self._clients[client.id] = at
+            words[Ledger.mark(at)] = client.engine  # until it says otherwise
         words[at + ledgers.NUMBER] = 0
         words[at + ledgers.LINK] = client.link
         words[at + ledgers.MEMBER] = int.from_bytes(client.member[:8], "little")
@@ -160,6 +162,12 @@ class Books:
         words[at + ledgers.CLIENT_STARTED] = kin.started(client.pid) or 0
         words[at + ledgers.WAITING] = 0
         words[at + ledgers.NUMBER] = client.id
+        return Ledger.place(at)
+
+    def has_jobs(self, client: Client) -> bool:
+        """Whether a client may have jobs: its mark says so, or it has none."""
+        at = self._clients.get(client.id)
+        return client.engine if at is None else bool(self._words[Ledger.mark(at)])
 
     def left(self, client: Client) -> None:
         """A client's connection ended."""
@@ -175,6 +183,11 @@ class Books:
             self._words[at + ledgers.WAITING] = len(client.sites)
 
     # --- the pool -------------------------------------------------------------------------
+
+    @property
+    def ledger_fd(self) -> int:
+        """The ledger, for clients to have their marks from."""
+        return self._ledger.fd
 
     def sizes(self, pool_size: int, max_overflow: int) -> None:
         """The sizes in force."""

@@ -172,12 +172,12 @@ class Door:
             os.close(pidfd)
         return client
 
-    def newcomers(self) -> set[int]:
-        """The numbers of all whose coming is known and who they are is not."""
+    def busy(self) -> set[int]:
+        """The numbers of all who may have jobs: who has just come, and who is marked so."""
         if self._listening:
             self._accept()
-        absent = {client.id for client, _ in self._absent.values()}
-        return absent | set(self._silent)
+        marked = {each.id for each in self.clients.values() if self._books.has_jobs(each)}
+        return marked | set(self._silent)
 
     def next_deadline(self) -> float | None:
         """When the oldest unproven connection has to be closed, or may be for another."""
@@ -417,10 +417,12 @@ class Door:
         if known is not None:
             client.id = known.id
         self.clients[client.id] = client
-        self._books.joined(client)
+        place = self._books.joined(client)
         self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
-        self.send(client, frames.welcome(proof, self._books.generation))
+        welcome = frames.welcome(proof, self._books.generation, place or 0)
+        marked = client.engine and place is not None
+        self.send(client, welcome, (self._books.ledger_fd,) if marked else ())
         self._audience.client_joined(client, number)
 
 

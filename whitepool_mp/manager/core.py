@@ -163,7 +163,7 @@ class Manager:
                 self.apply(ClientGone(client))
         waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
         self._reunion = reunions.Reunion(
-            waiting, past.draining == 1, self._clock() + reunions.SECONDS
+            waiting, past.draining == 1, self._clock() + reunions.RETURN_SECONDS
         )
         if past.draining == 2:
             self.apply(Terminate())
@@ -397,9 +397,8 @@ class Manager:
         """Tell everybody, and drain when the engines have said what is left to be done."""
         self._books.draining(terminated=False)
         if self._muster is None and not self._broker.draining:
-            missing = self._door.newcomers()
-            missing |= {each.id for each in self._door.clients.values() if each.engine}
-            self._muster = reunions.Muster(missing, self._clock() + reunions.SECONDS)
+            until = self._clock() + reunions.ANSWER_SECONDS
+            self._muster = reunions.Muster(self._door.busy(), until)
         for each in list(self._door.clients.values()):
             self._door.send(each, frames.draining())
         if self._muster is not None and not self._muster.missing:

@@ -54,7 +54,6 @@ def main(
         owner = _watch(boot.owner)
         if owner is not None:
             ledger = Ledger(ledger_fd)
-            os.close(ledger_fd)
             escrow = Escrow(Socket(fileno=inlet_fd), Socket(fileno=outlet_fd))
             first = None
             if ledger.words[ledgers.SERVED]:

@@ -16,8 +16,12 @@ TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     from whitepool_mp.manager.clients import Client
 
-SECONDS = 0.25
-"""How long they are waited for at most; one that is stopped, or busy, may not come."""
+ANSWER_SECONDS = 5.0
+"""How long engines are waited for at most, before a drain. They answer at once, unless the process
+is stopped or its event loop is busy or not run any more; on a loaded machine a process may get no
+CPU for a good part of a second."""
+RETURN_SECONDS = 0.25
+"""How long waiters are waited for at most, after a takeover; who comes later loses its place."""
 _FOR_LATER = (frames.CHECKOUT, frames.CANCEL, frames.DRAIN)
 
 

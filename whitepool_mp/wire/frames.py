@@ -76,7 +76,7 @@ REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")
 _AUTH = struct.Struct("!B32s32s16sIQ?")
-_WELCOME = struct.Struct("!B32sI")
+_WELCOME = struct.Struct("!B32sII")
 _CHECKOUT = struct.Struct("!BIBdd")
 _BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
 _LEASE = struct.Struct("!BQ")
@@ -321,15 +321,18 @@ def challenge(nonce: bytes) -> bytes:
     return frame(_NONCE.pack(CHALLENGE, nonce))
 
 
-def welcome(proof: bytes, generation: int = 1) -> bytes:
-    """The manager's proof that it has the key too, and the how manieth of the pool it is."""
-    return frame(_WELCOME.pack(WELCOME, proof, generation))
+def welcome(proof: bytes, generation: int = 1, place: int = 0) -> bytes:
+    """The manager's proof that it has the key too, and the how manieth of the pool it is.
+
+    With an engine's travels the ledger, in which its mark is at that place.
+    """
+    return frame(_WELCOME.pack(WELCOME, proof, generation, place))
 
 
-def read_welcome(body: bytes) -> tuple[bytes, int]:
-    """Decode WELCOME: the proof, and which manager of the pool it is."""
-    _, proof, generation = _unpack(_WELCOME, body)
-    return proof, generation
+def read_welcome(body: bytes) -> tuple[bytes, int, int]:
+    """Decode WELCOME: the proof, which manager of the pool it is, and the client's place."""
+    _, proof, generation, place = _unpack(_WELCOME, body)
+    return proof, generation, place
 
 
 def read_nonce(body: bytes) -> bytes:

@@ -5,7 +5,9 @@
 
 It is a memory file, made by the owner and given to each manager, so what has been written is there
 whatever becomes of the writer. Only the manager writes records, one for each worker and one for
-each client connection, and always before anybody is told what they say.
+each client connection, and always before anybody is told what they say. Behind the records each
+client has a mark, which is its own to write: whether it has jobs of which the manager need not know
+yet. So it is known before the client has been asked, and of one that cannot answer.
 
 Guarantees: each number is written whole. A record that was being changed when its writer died is
 known as such: a worker's STATE is 0 then, a client's NUMBER.
@@ -45,7 +47,10 @@ CLIENTS = 65_536
 """How many connections there is room for; of more nothing is known to the next manager."""
 
 _CLIENTS_BEGIN = _HEADER + WORKERS * WORKER_WORDS
-SIZE = 8 * (_CLIENTS_BEGIN + CLIENTS * CLIENT_WORDS)
+_CLIENTS_END = _CLIENTS_BEGIN + CLIENTS * CLIENT_WORDS
+_PAGE_WORDS = mmap.ALLOCATIONGRANULARITY // 8
+_MARKS_BEGIN = -(-_CLIENTS_END // _PAGE_WORDS) * _PAGE_WORDS  # where a client can map its own
+SIZE = 8 * (_MARKS_BEGIN + CLIENTS)
 """Bytes of all of it; what was never written takes no memory."""
 
 
@@ -64,15 +69,17 @@ class Ledger:
     """One process's view of it.
 
     Args:
-        fd: the memory file; it may be closed afterwards.
+        fd: the memory file, which stays the caller's to close.
 
     Attributes:
+        fd: the same, for clients to have their marks from.
         words: all of it, as numbers of 64 bits.
     """
 
-    __slots__ = ("_map", "words")
+    __slots__ = ("_map", "fd", "words")
 
     def __init__(self, fd: int) -> None:
+        self.fd = fd
         self._map = mmap.mmap(fd, SIZE)
         self.words = memoryview(self._map).cast("Q")
 
@@ -86,7 +93,35 @@ class Ledger:
         """Where a client's record begins."""
         return _CLIENTS_BEGIN + index * CLIENT_WORDS
 
+    @staticmethod
+    def place(record: int) -> int:
+        """The how manieth client's record begins there."""
+        return (record - _CLIENTS_BEGIN) // CLIENT_WORDS
+
+    @staticmethod
+    def mark(record: int) -> int:
+        """Where the mark of the client is whose record begins there."""
+        return _MARKS_BEGIN + Ledger.place(record)
+
     def close(self) -> None:
         """Unmap it here."""
         self.words.release()
         self._map.close()
+
+
+def mark(fd: int, place: int) -> memoryview:
+    """A client's view of its mark, and of no more of the ledger than the page where that is.
+
+    Args:
+        fd: the memory file; it may be closed afterwards.
+        place: the how manieth client it is.
+
+    Returns:
+        One number of 64 bits; it is mapped for as long as it is held.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    page, word = divmod(_MARKS_BEGIN + place, _PAGE_WORDS)
+    mapped = mmap.mmap(fd, _PAGE_WORDS * 8, offset=page * _PAGE_WORDS * 8)
+    return memoryview(mapped).cast("Q")[word : word + 1]
