@@ -771,6 +771,22 @@ def test_a_drain_waits_but_a_while_for_an_engine_that_does_not_answer(
     assert bench.manager.finished
 
 
+def test_what_an_engine_said_before_it_was_asked_is_no_answer(make: Callable[..., Bench]) -> None:
+    """It had a job when it joined, has finished that, and has another one since."""
+    bench = make(pool_size=1).start()
+    bench.ready()
+    engine, ender = bench.join(engine=True), bench.join()
+    engine.say(frames.draining("unfinished"))
+    ender.say(frames.request(frames.DRAIN, 9))
+    engine.say(frames.draining("finished"))
+    assert bench.crew.retired == []
+    engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
+    (grant,) = engine.grants()
+    engine.say(frames.checkin(grant.lease), frames.draining("finished"))
+    bench.exits(*bench.crew.retired)
+    assert bench.manager.finished
+
+
 def test_a_drain_does_not_wait_for_an_engine_that_is_marked_as_having_no_jobs(
     make: Callable[..., Bench],
 ) -> None:
@@ -786,7 +802,7 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_marked_as_having_no_jobs(
     engines[0].mark[0] = 1
     ender.say(frames.request(frames.DRAIN, 9))
     assert bench.crew.retired == []
-    engines[0].say(frames.draining())
+    engines[0].say(frames.draining("asked"))
     assert len(bench.crew.retired) == 1
     bench.exits(*bench.crew.retired)
     assert bench.manager.finished

@@ -115,14 +115,13 @@ class Engine(Channels):
 
     def put(self, task: Task) -> None:
         """Queue a task, from any thread."""
-        self._inbox.append(task)
-        self._mark[0] = 1
+        with self._wake_lock:
+            self._inbox.append(task)
+            self._mark[0] = 1
+            if self._asleep and self.jobs.hungry and self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
         if self._closed:
             self._fail_inbox()
-        elif self._asleep and self.jobs.hungry:
-            with self._wake_lock:
-                if self._wake >= 0:
-                    os.eventfd_write(self._wake, 1)
 
     def _fail_inbox(self) -> None:
         """The end came before these were looked at; whoever takes one fails it."""
@@ -173,16 +172,18 @@ class Engine(Channels):
         """Send whatever can be sent of what was asked for."""
         self._take_in()
         if self._mustered and not self.jobs.idle:
+            self._unfinished = True
             self._outbox += frames.draining("unfinished")  # so that what it asks for is heard
         self.jobs.dispatch()
         if self._mark[0] and self.jobs.idle:
-            self._mark[0] = 0
-            if self._inbox:
-                self._mark[0] = 1  # `put` a moment ago
-        if self._mustered or (self._unfinished and self.jobs.idle):
+            with self._wake_lock:  # never cleared, not even for a moment, when a task was put
+                self._mark[0] = bool(self._inbox)
+        if self._unfinished and self.jobs.idle:
+            self._unfinished = False
+            self._outbox += frames.draining("finished")
+        if self._mustered:
             self._mustered = False
-            self._unfinished = not self.jobs.idle
-            self._outbox += frames.draining("asked" if self._unfinished else "finished")
+            self._outbox += frames.draining("asked")
         if not self._outbox or self._handshake is not None or self.broken is not None:
             return
         try:

@@ -421,10 +421,10 @@ class Manager:
         left = frames.read_draining(body)
         if left == "unfinished":
             self.apply(Unfinished(client.id))
-            return
-        if left == "finished":
+        elif left == "finished":  # of what was unfinished when it joined, perhaps: no answer
             self.apply(Finished(client.id))
-        self._has_asked(client)
+        else:
+            self._has_asked(client)
 
     def _has_asked(self, client: Client) -> None:
         """An engine has said what is left to be done, or will not."""

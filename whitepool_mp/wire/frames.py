@@ -384,8 +384,8 @@ def read_channel(body: bytes) -> tuple[int, bool]:
 def draining(left: str = "finished") -> bytes:
     """To every client, unasked: finish what was begun, the pool is shutting down.
 
-    And an engine's answer: "unfinished" at once if it has jobs, "asked" when it has asked for what
-    they need; and "finished" when it has none, or none any more.
+    And what an engine says: "unfinished" when it has jobs, "finished" when it has none any more,
+    and, only in answer, "asked" when it has asked for all that its jobs need.
     """
     return frame(_REQUEST.pack(DRAINING, LEFT.index(left)))
 
