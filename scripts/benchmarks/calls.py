@@ -6,6 +6,7 @@ from benchmarks.cast import (
     BYTES,
     FORK,
     LEASE,
+    OURS,
     PEERS,
     PIPE,
     RATES,
@@ -69,6 +70,25 @@ def rates() -> list[Row]:
             [Goal("ahead", 3, BEST_PEER), Goal("ahead", 7, SPAWN)],
             count=(200, 20_000),
             seconds=0.3,
+        ),
+        Row(
+            "submit-script",
+            3,
+            "`submit` many no-ops that no module holds",
+            "thousand/s",
+            "higher",
+            RATES,
+            "measures.many_by_value",
+            [
+                ours(),
+                ours(f"{OURS}, a module's", measure="measures.many"),
+                *peers("ppe-spawn", "ppe-fork", "mp-pool", "billiard", "pebble", "mpire"),
+            ],
+            [Goal("ahead", 1, BEST_PEER)],
+            count=(200, 20_000),
+            seconds=0.3,
+            note="A function of the script, a lambda, a local one: it is pickled by value. Of the "
+            "peers those that can, and the row before for comparison.",
         ),
         Row(
             "map",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import jobs
@@ -38,15 +39,20 @@ def lease_call(pool: Any, count: int) -> float:
         return float((time.perf_counter() - start) / count * 1e6)
 
 
-def many(pool: Adapter, count: int) -> float:
+def many(pool: Adapter, count: int, noop: Callable[[], Any] = jobs.noop) -> float:
     """Thousands of no-ops in a second: submit all, then take all results."""
     arguments: list[tuple[Any, ...]] = [()] * count
     start = time.perf_counter()
-    results = pool.many(jobs.noop, arguments)
+    results = pool.many(noop, arguments)
     elapsed = time.perf_counter() - start
     if len(results) != count:
         raise AssertionError(f"{len(results)} results of {count} calls")
     return count / elapsed / 1e3
+
+
+def many_by_value(pool: Adapter, count: int) -> float:
+    """The same of a function that has to be pickled by value."""
+    return many(pool, count, lambda: None)
 
 
 def map_noops(pool: Adapter, count: int, parts: int | None = None) -> float:

@@ -159,6 +159,8 @@ _MOST_FUNCTIONS = 4096
 _PROTOCOL = b"\x80\x05"
 _GLOBAL, _STOP = b"c", b"."
 _PAIR = b"\x86" + _STOP
+_LOADS = _GLOBAL + b"_pickle\nloads\n"
+_BYTES, _CALL = b"B", b"\x85R"
 _by_reference: dict[Any, tuple[bytes, str]] = {}
 
 
@@ -167,20 +169,37 @@ def _reference(function: Any) -> tuple[bytes, str] | None:
 
     None if it has to travel by value: what it refers to may be different each time.
     """
-    found = None
+    begin = _global(function)
+    if begin is None:  # these are not kept: what they refer to would be, too
+        return None
+    if len(_by_reference) >= _MOST_FUNCTIONS:
+        _by_reference.clear()
+    _by_reference[function] = found = begin, qualified_name(function)
+    return found
+
+
+def _global(value: Any) -> bytes | None:
+    """How a pickle begins that names a function or a class, if that is how it is found again."""
     try:
-        name, module = function.__qualname__, function.__module__
+        name, module = value.__qualname__, value.__module__
+        if module == "__main__" or "<" in name:
+            return None
         # GLOBAL takes no place in the memo, which is the arguments'.
         begin = b"".join((_PROTOCOL, _GLOBAL, module.encode(), b"\n", name.encode(), b"\n"))
-        if module != "__main__" and "<" not in name and loads(begin + _STOP) is function:
-            found = begin, qualified_name(function)
+        return begin if loads(begin + _STOP) is value else None
     except Exception:  # it has to travel by value, or not at all
-        pass
-    if found is not None:  # others are not kept: what they refer to would be, too
-        if len(_by_reference) >= _MOST_FUNCTIONS:
-            _by_reference.clear()
-        _by_reference[function] = found
-    return found
+        return None
+
+
+def is_importable(value: Any) -> bool:
+    """Whether a function or a class is found by its name, in a module that is not the script."""
+    return _global(value) is not None
+
+
+def nested(data: bytes) -> bytes:
+    """How a pickle begins whose first object has been pickled already."""
+    # As with GLOBAL, nothing of this takes a place in the memo.
+    return b"".join((_PROTOCOL, _LOADS, _BYTES, len(data).to_bytes(4, "little"), data, _CALL))
 
 
 def dump_job(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Job:
@@ -193,13 +212,23 @@ def dump_job(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     if type(function) in _FUNCTIONS:
-        known = _by_reference.get(function) or _reference(function)
+        known = _by_reference.get(function) or _reference(function) or _steady(function)
         if known is not None:
             data, buffers = dump_arguments(function, args, kwargs)
             # The one pickle's end and the other's beginning fall away.
             return b"".join((known[0], memoryview(data)[2:-1], _PAIR)), buffers, known[1]
     data, buffers = dump_call(function, args, kwargs)
     return data, buffers, qualified_name(function)
+
+
+def _steady(function: Any) -> tuple[bytes, str] | None:
+    """The same for a function that travels by value, if its pickle is as it was last time."""
+    from whitepool_mp.wire import steady
+
+    try:
+        return steady.beginning(function)
+    except Exception:  # it cannot be pickled: with its arguments it is found out what cannot
+        return None
 
 
 def dump_arguments(
