@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -17,6 +18,8 @@ from support import pipe_writer, until
 from user_script import script
 
 from whitepool_mp import FactoryFailed, Pool, WorkerDied, testing
+from whitepool_mp.client.link import Handshake
+from whitepool_mp.wire import frames
 from whitepool_mp.worker import calls
 
 SOON = 20
@@ -89,11 +92,29 @@ def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method
         assert not refused
 
 
+def test_a_manager_out_of_descriptors_lets_in_who_has_a_connection_already(start_method):
+    with Pool(pool_size=1, start_method=start_method) as session:
+        testing.wait_until_whole(session)
+        path, key, token = session._member.joining()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            decoder, handshake = frames.FrameDecoder(), Handshake(key, token)
+            (challenge,) = decoder.feed(sock.recv(4096))
+            limit_manager(session, 3)
+            sock.sendall(handshake.hear(challenge))
+            (welcome,) = decoder.feed(sock.recv(4096))
+            handshake.hear(welcome)
+            assert handshake.done
+            limit_manager(session, 4096)
+        assert session.run(abs, -1, timeout=SOON) == 1
+        assert session.status().counters["managers_lost"] == 0
+
+
 def test_a_job_is_not_lost_when_the_manager_has_no_descriptor_for_a_channel():
     with Pool(pool_size=1) as session:
         testing.wait_until_whole(session)
-        session._member.threaded()
-        until(lambda: session.status().counters["connections"] == 2)  # the engine's is there
+        engine = session._member.threaded().engine
+        until(lambda: engine._handshake is None)
         limit_manager(session, 3)
         future = session.submit(abs, -1)
         until(lambda: session.status().counters["killed"])

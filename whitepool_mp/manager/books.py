@@ -135,7 +135,7 @@ class Books:
         at = self._workers.get(worker)
         if at is not None:
             self._words[at + ledgers.PID] = 0
-            self._words[at + ledgers.STARTED] = kin.started(pid) or 0
+            self._words[at + ledgers.STARTED] = _started(pid)
             self._words[at + ledgers.PID] = pid
 
     # --- clients --------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Books:
         words[at + ledgers.MEMBER] = int.from_bytes(client.member[:8], "little")
         words[at + ledgers.MEMBER_REST] = int.from_bytes(client.member[8:], "little")
         words[at + ledgers.CLIENT_PID] = client.pid
-        words[at + ledgers.CLIENT_STARTED] = kin.started(client.pid) or 0
+        words[at + ledgers.CLIENT_STARTED] = _started(client.pid)
         words[at + ledgers.WAITING] = 0
         words[at + ledgers.NUMBER] = client.id
         return Ledger.place(at)
@@ -312,3 +312,14 @@ class Books:
             words[at + ledgers.CLIENT_STARTED],
             bool(words[at + ledgers.WAITING]),
         )
+
+
+def _started(pid: int) -> int:
+    """When a process was started; 0 if it has ended, or there is no descriptor to look with.
+
+    (Then the next manager takes a client for gone, and looks itself when a worker was started.)
+    """
+    try:
+        return kin.started(pid) or 0
+    except OSError:
+        return 0

@@ -397,7 +397,11 @@ class Crew(Births):
                     self.kill(hand.worker, "it closed its connection to the manager")
                 return
             if hand.pid is None and (pid := hand.page.words[pages.PID]):
-                self._identify(hand, pid, kin.started(pid) or 0)
+                try:
+                    self._identify(hand, pid, kin.started(pid) or 0)
+                except OSError as error:  # it ends with its connection
+                    self._bury(hand, None, None, f"it could not be taken over: {error}")
+                    return
             try:
                 for body in hand.decoder.feed(data):
                     self._take_in(hand, body)
