@@ -31,6 +31,7 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire import pages
 
 SOON = 20.0
@@ -266,6 +267,61 @@ def test_a_shutdown_that_was_begun_goes_on(
     waiting.result(SOON)
     assert not ending.done()
     lease.checkin()
+    ending.result(SOON)
+
+
+def test_who_waits_and_gets_no_cpu_when_a_draining_manager_is_killed_is_served(
+    session: Session, threads: ThreadPoolExecutor
+) -> None:
+    code = """
+        session = given()
+        tell("here")
+        with session.checkout(20):
+            tell("served")
+    """
+    leases = [session.checkout(SOON) for _ in range(session.status().pool_size)]
+    with script(code, "forkserver") as client:
+        client.give(session)
+        assert client.hear() == "here"
+        until(lambda: session.status().waiting == 1)
+        ending = threads.submit(session.safe_shutdown)
+        until(lambda: session._member.owner._ledger.words[ledgers.DRAINING])
+        os.kill(client.pid, signal.SIGSTOP)
+        kill(manager(session))
+        until(lambda: session.status().counters["managers_lost"])
+        threading.Timer(1.0, os.kill, (client.pid, signal.SIGCONT)).start()
+        for lease in leases:
+            lease.checkin()
+        assert client.finish() == ('"served"\n', "")
+    ending.result(SOON)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_job_that_was_just_submitted_when_a_draining_manager_is_killed_is_done(
+    session: Session, threads: ThreadPoolExecutor, connected: bool
+) -> None:
+    """Its event loop is busy, so its engine may have dialled and said no more."""
+    code = f"""
+        import asyncio, time
+        session = given()
+        async def main():
+            aio = session.aio()
+            if {connected}:
+                await aio.run(abs, -1)
+            task = asyncio.ensure_future(aio.run(abs, -2))
+            await asyncio.sleep(0)
+            tell("submitted")
+            time.sleep(1)
+            assert await task == 2
+        asyncio.run(main())
+    """
+    with script(code, "forkserver") as client:
+        client.give(session)
+        assert client.hear() == "submitted"
+        ending = threads.submit(session.safe_shutdown)
+        until(lambda: session._member.owner._ledger.words[ledgers.DRAINING])
+        kill(manager(session))
+        assert client.finish()[1] == ""
     ending.result(SOON)
 
 

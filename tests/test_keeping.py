@@ -32,6 +32,7 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.wire import frames
 
 T = 20.0
 """Seconds that nothing here should need: a deadline against hanging."""
@@ -954,6 +955,67 @@ def test_a_shutdown_finishes_the_job_of_a_process_that_gets_no_cpu_for_a_second(
             session.safe_shutdown(T)
             _, error = client.finish()
             assert error == ""
+    finally:
+        session.terminate()
+
+
+@pytest.mark.parametrize("how", ["run", "submit", "checkout"])
+def test_who_waited_and_was_granted_a_worker_just_before_a_shutdown_has_it(how: str) -> None:
+    code = f"""
+        session = given()
+        tell("waiting")
+        if {how!r} == "run":
+            assert session.run(abs, -2) == 2
+        elif {how!r} == "submit":
+            assert session.submit(abs, -2).result(20) == 2
+        else:
+            with session.checkout(20) as lease:
+                assert lease.call(abs, -2) == 2
+    """
+    for _ in range(6):
+        session = Pool(1).run_service()
+        try:
+            whole(session)
+            with script(code, "forkserver") as client:
+                lease = session.checkout(T)
+                client.give(session)
+                assert client.hear() == "waiting"
+                until(lambda session=session: session.status().waiting == 1)
+                lease.checkin()
+                session.safe_shutdown(T)
+                _, error = client.finish()
+                assert error == ""
+        finally:
+            session.terminate()
+
+
+def test_a_shutdown_starts_another_worker_for_what_waits_behind_a_job_that_is_only_sent(
+    tmp_path: Path,
+) -> None:
+    """Its worker gets no CPU just then. The job needs the one whose worker dies meanwhile."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    session = Pool(2).run_service()
+    try:
+        whole(session)
+        for _ in range(3):  # so that both are kept
+            for future in [session.submit(errands.spin, 0.05) for _ in range(2)]:
+                future.result(T)
+        pids = [row.pid for row in session.workers()]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        needs = session.submit(errands.wait_for, pipe)
+        makes = session.submit(Path.write_bytes, pipe, b"x")
+        until(lambda: needs._task.runner and makes._task.runner)
+        # As another process would begin it, with nobody waiting for the jobs of this one first.
+        with thread(session._member.link().question, frames.DRAIN) as ended:
+            until(lambda: session._member.running_engine().engine.jobs.draining)
+            until(lambda: session.status().draining)
+            os.kill(makes._task.runner.pid, signal.SIGKILL)
+            os.kill(needs._task.runner.pid, signal.SIGCONT)
+            assert makes.result(T) == 1
+            assert needs.result(T) is None
+            assert ended.result(T) is True
     finally:
         session.terminate()
 

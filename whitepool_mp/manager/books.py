@@ -59,6 +59,7 @@ class Past(Record):
     processes: tuple[Process, ...]
     clients: tuple[PastClient, ...]
     draining: int
+    newcomers: int
 
 
 class Books:
@@ -176,6 +177,10 @@ class Books:
             self._words[at + ledgers.NUMBER] = 0
             self._free_clients.append(at)
 
+    def newcomers(self, count: int) -> None:
+        """So many connections have not proved themselves yet."""
+        self._words[ledgers.NEWCOMERS] = count
+
     def waiting(self, client: Client) -> None:
         """A client's open checkouts became more or fewer."""
         at = self._clients.get(client.id)
@@ -261,6 +266,8 @@ class Books:
                     worker.born,
                 )
             )
+        else:
+            self._most_workers = ledgers.WORKERS
         for index in range(ledgers.CLIENTS):
             at = Ledger.client(index)
             self._most_clients = index
@@ -272,6 +279,8 @@ class Books:
             client = self._past_client(at)
             self._clients[client.number] = at
             clients.append(client)
+        else:
+            self._most_clients = ledgers.CLIENTS
         resume = Resume(
             tuple(workers),
             words[ledgers.POOL_SIZE],
@@ -279,7 +288,13 @@ class Books:
             words[ledgers.LAST_WORKER],
             words[ledgers.LAST_LEASE],
         )
-        return Past(resume, tuple(processes), tuple(clients), words[ledgers.DRAINING])
+        return Past(
+            resume,
+            tuple(processes),
+            tuple(clients),
+            words[ledgers.DRAINING],
+            words[ledgers.NEWCOMERS],
+        )
 
     def _resumed(self, at: int) -> Resumed:
         words = self._words

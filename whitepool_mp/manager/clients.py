@@ -278,6 +278,7 @@ class Door:
                 item.close()
         client.unsent.clear()
         if unproven:
+            self._books.newcomers(len(self._silent))
             self._audience.client_gone(client)
         elif self.clients.pop(client.id, None) is not None:
             self._books.left(client)
@@ -328,6 +329,7 @@ class Door:
                 self.counters["connections_without_proof"] += 1
                 self.drop(next(iter(self._silent.values())))
             self._silent[client.id] = client
+            self._books.newcomers(len(self._silent))
             self._loop.add(sock.fileno(), functools.partial(self._ready, client))
             self.send(client, frames.challenge(client.nonce))
 
@@ -418,12 +420,14 @@ class Door:
             client.id = known.id
         self.clients[client.id] = client
         place = self._books.joined(client)
+        self._books.newcomers(len(self._silent))
         self._listen_again()
         proof = auth.server_proof(self._key, client.nonce, answer.nonce)
         welcome = frames.welcome(proof, self._books.generation, place or 0)
         marked = client.engine and place is not None
         self.send(client, welcome, (self._books.ledger_fd,) if marked else ())
-        self._audience.client_joined(client, number)
+        if client.sock.fileno() >= 0:
+            self._audience.client_joined(client, number)
 
 
 class _Copy:

@@ -113,6 +113,10 @@ class Manager:
         self._drainers: list[tuple[Client, int]] = []
         self.finished = False
         self._reunion: reunions.Reunion | None = None  # while those who waited ask again
+        # Of those that the last manager knew: who waited and has not asked again yet; and how many
+        # had not proved themselves, if it was draining.
+        self._late: set[int] = set()
+        self._strangers = 0
         self._muster: reunions.Muster | None = None  # while engines are asked, before a drain
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
@@ -161,6 +165,7 @@ class Manager:
         for client in [*(each.number for each in past.clients), *holders]:
             if client not in door.clients:
                 self.apply(ClientGone(client))
+        self._strangers = past.newcomers if past.draining == 1 else 0
         waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
         self._reunion = reunions.Reunion(
             waiting, past.draining == 1, self._clock() + reunions.RETURN_SECONDS
@@ -248,6 +253,11 @@ class Manager:
             self.finished = True
 
     def _recall(self, worker: int, lease: int, patient: bool) -> None:
+        hand = self._crew.hand(worker)
+        if self._broker.draining and not patient and hand is not None and hand.page.once(lease):
+            # It was granted to a `run` that had waited, and is given back after that.
+            self.apply(Busy(worker, lease))
+            return
         busy = self._crew.recall(worker, lease, patient)
         if busy is None:
             self.apply(Released(worker, lease, self._worn(worker)))
@@ -397,8 +407,8 @@ class Manager:
         """Tell everybody, and drain when the engines have said what is left to be done."""
         self._books.draining(terminated=False)
         if self._muster is None and not self._broker.draining:
-            until = self._clock() + reunions.ANSWER_SECONDS
-            self._muster = reunions.Muster(self._door.busy(), until)
+            missing = self._door.busy() | self._late | {-n for n in range(1, self._strangers + 1)}
+            self._muster = reunions.Muster(missing, self._clock() + reunions.ANSWER_SECONDS)
         for each in list(self._door.clients.values()):
             self._door.send(each, frames.draining())
         if self._muster is not None and not self._muster.missing:
@@ -409,8 +419,12 @@ class Manager:
         muster = self._muster
         if client.engine and (muster is not None or self._broker.draining):
             self._door.send(client, frames.draining())
+        known = {number}
+        if client.id == number and self._strangers:  # one of those, perhaps
+            known.add(-self._strangers)
+            self._strangers -= 1
         if muster is not None:
-            muster.missing -= {number, client.id}
+            muster.missing -= known
             if client.engine:
                 muster.missing.add(client.id)
             elif not muster.missing:
@@ -452,9 +466,12 @@ class Manager:
 
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
+        if not client.engine:  # an engine is asked
+            self._has_asked(client)
 
     def _is_back(self, client: Client) -> None:
         """One who waited has asked again, or will not."""
+        self._late.discard(client.id)
         if self._reunion is not None and self._reunion.came(client):
             self._reunited()
 
@@ -462,6 +479,7 @@ class Manager:
         """Take up what was asked meanwhile: in the order in which it was asked first."""
         reunion, self._reunion = self._reunion, None
         assert reunion is not None
+        self._late = reunion.missing
         for client, body in reunion.taken_up():
             if self._door.clients.get(client.id) is client:
                 self._handlers[body[0]](client, body)

@@ -136,12 +136,13 @@ class Crew(Births):
             patient: let it do first what it has been sent.
 
         Returns:
-            Whether a call may be running now; None if the lease is free already.
+            Whether a call may be running now, or has been sent; None if the lease is free already.
         """
         hand = self._hands.get(worker)
         if hand is None:
             return False
-        busy = hand.page.busy() if patient else hand.page.recall(lease)
+        # What has been sent and has not begun is not on the page.
+        busy = True if patient else hand.page.recall(lease)
         if busy is not None:
             self._tell(hand, frames.recall(lease, patient))
         return busy

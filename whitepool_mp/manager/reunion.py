@@ -29,7 +29,8 @@ class Muster:
     """Who is waited for.
 
     Args:
-        missing: the clients that have not been heard yet.
+        missing: the clients that have not been heard yet; below 0 for those whose numbers are
+            not known.
         until: when not to wait for them any longer.
     """
 

@@ -31,6 +31,8 @@ POOL_SIZE = 5
 MAX_OVERFLOW = 6
 DRAINING = 7
 """0, or that the pool drains (1) or was terminated (2)."""
+NEWCOMERS = 8
+"""How many connections had not proved themselves yet."""
 _HEADER = 32
 
 # A worker's words.

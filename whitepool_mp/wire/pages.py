@@ -192,6 +192,15 @@ class Page:
             return None
         return self.busy()
 
+    def once(self, lease: int) -> bool:
+        """Have who was granted a lease and has made no call yet give it back after the first one,
+        as if the worker were worn; whether no call under it had begun."""
+        words = self.words
+        if words[BEGUN] >> NUMBER_BITS == lease:
+            return False
+        words[WORN] = 1
+        return self._order() and words[BEGUN] >> NUMBER_BITS != lease
+
     def take_back(self, lease: int, after: int, to: int) -> int | None:
         """Take back the calls of a lease numbered `after` + 1 to `to`; those before that have been
         taken back must have been answered, or be among these.
