@@ -18,7 +18,7 @@ from support import pipe_writer, until
 from user_script import script
 
 from whitepool_mp import FactoryFailed, Pool, WorkerDied, testing
-from whitepool_mp.client.link import Handshake
+from whitepool_mp.client.joining import Handshake
 from whitepool_mp.wire import frames
 from whitepool_mp.worker import calls
 

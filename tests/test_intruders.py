@@ -30,7 +30,8 @@ from support import until, whole
 from user_script import script
 
 from whitepool_mp import AuthenticationFailed, Pool, Session, WhitepoolError
-from whitepool_mp.client.link import Handshake, Link
+from whitepool_mp.client.joining import Handshake
+from whitepool_mp.client.link import Link
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.manager.clients import HANDSHAKE_SECONDS, MAX_SILENT
 from whitepool_mp.wire import auth, frames

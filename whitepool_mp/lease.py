@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.hold import FORGOTTEN, Hold
-from whitepool_mp.client.link import ChannelBroken, LinkBroken, TimedOut
+from whitepool_mp.client.joining import LinkBroken, TimedOut
+from whitepool_mp.client.link import ChannelBroken
 from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, LeaseError, WhitepoolError

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.hold import Hold
-from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
+from whitepool_mp.client.joining import LinkBroken, TimedOut
+from whitepool_mp.client.link import ChannelBroken, Link
 from whitepool_mp.client.member import Member, Ticket, refusal
 from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS

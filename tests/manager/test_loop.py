@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from whitepool_mp.broker import Drain, Terminate
-from whitepool_mp.client.link import Handshake
+from whitepool_mp.client.joining import Handshake
 from whitepool_mp.config import Policy
 from whitepool_mp.manager.books import Books
 from whitepool_mp.manager.clients import (

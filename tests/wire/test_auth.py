@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from whitepool_mp.client.link import Handshake
+from whitepool_mp.client.joining import Handshake
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import auth, frames
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from whitepool_mp.client.link import Handshake
+from whitepool_mp.client.joining import Handshake
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import frames, messages, pages
 from whitepool_mp.wire.frames import FrameDecoder

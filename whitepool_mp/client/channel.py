@@ -10,7 +10,8 @@ import socket
 import time
 from collections.abc import Sequence
 
-from whitepool_mp.client.link import ChannelBroken, TimedOut, left_ms
+from whitepool_mp.client.joining import TimedOut
+from whitepool_mp.client.link import ChannelBroken, left_ms
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import HEAD, Message, MessageReader
 from whitepool_mp.wire.pages import Page

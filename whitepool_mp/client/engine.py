@@ -34,7 +34,7 @@ from typing import Any
 from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineLease
-from whitepool_mp.client.link import JOINS, Handshake, LinkBroken, dial, new_link
+from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, dial, new_link
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError

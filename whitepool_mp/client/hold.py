@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.channel import Channel
-from whitepool_mp.client.link import ChannelBroken, Link, LinkBroken, TimedOut
+from whitepool_mp.client.joining import LinkBroken, TimedOut
+from whitepool_mp.client.link import ChannelBroken, Link
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire.messages import Message

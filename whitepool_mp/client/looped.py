@@ -14,7 +14,7 @@ from typing import Any
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.engine import Engine
-from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.client.joining import LinkBroken
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.wire.messages import Message

@@ -25,7 +25,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from whitepool_mp.client.channel import Channel
-from whitepool_mp.client.link import Link, LinkBroken, TimedOut, dial
+from whitepool_mp.client.joining import LinkBroken, TimedOut, dial
+from whitepool_mp.client.link import Link
 from whitepool_mp.errors import (
     CheckoutTimeout,
     FactoryFailed,

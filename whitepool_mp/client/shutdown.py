@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from whitepool_mp.client.link import LinkBroken, TimedOut
+from whitepool_mp.client.joining import LinkBroken, TimedOut
 from whitepool_mp.errors import ManagerDied, PoolClosed, ShutdownTimeout
 from whitepool_mp.wire import frames
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from whitepool_mp.client.engine import Engine
 from whitepool_mp.client.future import JobFuture
-from whitepool_mp.client.link import LinkBroken
+from whitepool_mp.client.joining import LinkBroken
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import PoolClosed
