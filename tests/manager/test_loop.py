@@ -17,6 +17,7 @@ import pytest
 from whitepool_mp.broker import Drain, Terminate
 from whitepool_mp.client.joining import Handshake
 from whitepool_mp.config import Policy
+from whitepool_mp.manager import muster
 from whitepool_mp.manager.books import Books
 from whitepool_mp.manager.clients import (
     HANDSHAKE_SECONDS,
@@ -28,7 +29,6 @@ from whitepool_mp.manager.clients import (
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
-from whitepool_mp.manager.reunion import ANSWER_SECONDS
 from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.ledger import Ledger
@@ -747,7 +747,7 @@ def test_a_drain_is_not_over_before_an_engine_has_no_jobs_left(
         engine.sock.close()
         bench.settle()
     else:  # its process is stopped, or its event loop is not run any more
-        bench.pass_time(ANSWER_SECONDS)
+        bench.pass_time(muster.SECONDS)
     assert bench.manager.finished
 
 
@@ -759,13 +759,13 @@ def test_a_drain_waits_but_a_while_for_an_engine_that_does_not_answer(
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(ANSWER_SECONDS * 0.9)
+    bench.pass_time(muster.SECONDS * 0.9)
     assert bench.crew.retired == []
     if how == "goes":
         engine.sock.close()
         bench.settle()
     else:
-        bench.pass_time(ANSWER_SECONDS * 0.2)
+        bench.pass_time(muster.SECONDS * 0.2)
     assert len(bench.crew.retired) == 1
     bench.exits(*bench.crew.retired)
     assert bench.manager.finished
@@ -831,7 +831,7 @@ def test_an_engine_that_answers_a_drain_late_is_served_if_the_pool_has_not_ended
     bench.ready()
     engine, ender = bench.join(engine=True), bench.join()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(ANSWER_SECONDS * 1.1)
+    bench.pass_time(muster.SECONDS * 1.1)
     (first,) = bench.crew.retired
     engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     bench.exits(first)
@@ -875,11 +875,11 @@ def test_an_engine_that_is_just_joining_is_asked_too(make: Callable[..., Bench],
         bench.connect()  # one that says nothing, and is not waited for longer than others
         bench.guests[-1].receive()
     ender.say(frames.request(frames.DRAIN, 9))
-    bench.pass_time(ANSWER_SECONDS * {"before": 0.5, "in time": 0.0, "late": 1.1}[when])
+    bench.pass_time(muster.SECONDS * {"before": 0.5, "in time": 0.0, "late": 1.1}[when])
     engine = bench.join(engine=True)
     engine.say(frames.draining("unfinished"), a_job(1), frames.draining("asked"))
     holder.say(frames.checkin(grant.lease))
-    bench.pass_time(ANSWER_SECONDS)
+    bench.pass_time(muster.SECONDS)
     heard = engine.receive()
     assert [body[0] for body in heard] == [frames.DRAINING, frames.GRANT]
     engine.say(frames.checkin(frames.read_grant(heard[1]).lease), frames.draining())

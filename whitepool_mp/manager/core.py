@@ -47,6 +47,7 @@ from whitepool_mp.manager import reunion as reunions
 from whitepool_mp.manager.census import Census
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
+from whitepool_mp.manager.muster import Muster
 from whitepool_mp.manager.obituary import Obituary, is_exiting
 from whitepool_mp.policy import MAX_WORKERS, Policy
 from whitepool_mp.wire import descriptors, frames, pages
@@ -105,6 +106,7 @@ class Manager:
         self._clock = clock
         self._crew: Workers
         self._door: Door
+        self._muster: Muster
         self._events: deque[Event] = deque()
         self._performing = False
         self._sites: dict[int, str] = {}
@@ -113,11 +115,6 @@ class Manager:
         self._drainers: list[tuple[Client, int]] = []
         self.finished = False
         self._reunion: reunions.Reunion | None = None  # while those who waited ask again
-        # Of those that the last manager knew: who waited and has not asked again yet; and how many
-        # had not proved themselves, if it was draining.
-        self._late: set[int] = set()
-        self._strangers = 0
-        self._muster: reunions.Muster | None = None  # while engines are asked, before a drain
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
             frames.CHECKOUT: self._on_checkout,
             frames.CHECKIN: self._on_checkin,
@@ -144,6 +141,7 @@ class Manager:
 
     def _meet(self, crew: Workers, door: Door) -> None:
         self._crew, self._door = crew, door
+        self._muster = Muster(door, self._clock, lambda: self.apply(Drain()))
         self._census = Census(self._broker, crew, door, self._books, self._sites, self._clock)
 
     def resume(self, crew: Workers, door: Door, past: Past, lost: dict[int, Obituary]) -> None:
@@ -165,10 +163,10 @@ class Manager:
         for client in [*(each.number for each in past.clients), *holders]:
             if client not in door.clients:
                 self.apply(ClientGone(client))
-        self._strangers = past.newcomers if past.draining == 1 else 0
+        self._muster.strangers = past.newcomers if past.draining == 1 else 0
         waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
         self._reunion = reunions.Reunion(
-            waiting, past.draining == 1, self._clock() + reunions.RETURN_SECONDS
+            waiting, past.draining == 1, self._clock() + reunions.SECONDS
         )
         if past.draining == 2:
             self.apply(Terminate())
@@ -195,16 +193,16 @@ class Manager:
             self.apply(Tick())
         if self._reunion is not None and now >= self._reunion.until:
             self._reunited()
-        if self._muster is not None and now >= self._muster.until:
-            self._mustered()
+        self._muster.tick(now)
         self._door.tick(now)
         self._crew.tick(now)
         return ready
 
     def _timeout(self) -> float | None:
-        parts: tuple[Any, ...] = (self._broker, self._door, self._crew)
+        parts: tuple[Any, ...] = (self._broker, self._door, self._crew, self._muster)
         waits = [part.next_deadline() for part in parts]
-        waits += [each.until for each in (self._reunion, self._muster) if each is not None]
+        if self._reunion is not None:
+            waits.append(self._reunion.until)
         due = min((when for when in waits if when is not None), default=None)
         return None if due is None else max(0.0, due - self._clock())
 
@@ -217,7 +215,7 @@ class Manager:
         if type(event) is Terminate:
             if self._reunion is not None:
                 self._reunited()
-            self._muster = None
+            self._muster.end()
         self._events.append(event)
         if self._performing:
             return
@@ -305,7 +303,7 @@ class Manager:
         if client.proven:
             self.apply(ClientGone(client.id))
         self._is_back(client)
-        self._has_asked(client)
+        self._muster.came(client)
 
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
@@ -404,31 +402,12 @@ class Manager:
         self._drain()
 
     def _drain(self) -> None:
-        """Tell everybody, and drain when the engines have said what is left to be done."""
         self._books.draining(terminated=False)
-        if self._muster is None and not self._broker.draining:
-            missing = self._door.busy() | self._late | {-n for n in range(1, self._strangers + 1)}
-            self._muster = reunions.Muster(missing, self._clock() + reunions.ANSWER_SECONDS)
-        for each in list(self._door.clients.values()):
-            self._door.send(each, frames.draining())
-        if self._muster is not None and not self._muster.missing:
-            self._mustered()
+        self._muster.begin()
 
     def client_joined(self, client: Client, number: int) -> None:
         """A connection has proved itself; `number` is what it had before."""
-        muster = self._muster
-        if client.engine and (muster is not None or self._broker.draining):
-            self._door.send(client, frames.draining())
-        known = {number}
-        if client.id == number and self._strangers:  # one of those, perhaps
-            known.add(-self._strangers)
-            self._strangers -= 1
-        if muster is not None:
-            muster.missing -= known
-            if client.engine:
-                muster.missing.add(client.id)
-            elif not muster.missing:
-                self._mustered()
+        self._muster.joined(client, number)
 
     def _on_draining(self, client: Client, body: bytes) -> None:
         """An engine says what is left of its jobs."""
@@ -438,16 +417,7 @@ class Manager:
         elif left == "finished":  # of what was unfinished when it joined, perhaps: no answer
             self.apply(Finished(client.id))
         else:
-            self._has_asked(client)
-
-    def _has_asked(self, client: Client) -> None:
-        """An engine has said what is left to be done, or will not."""
-        if self._muster is not None and self._muster.came(client):
-            self._mustered()
-
-    def _mustered(self) -> None:
-        self._muster = None
-        self.apply(Drain())
+            self._muster.came(client)
 
     def _on_terminate(self, client: Client, body: bytes) -> None:
         self._drainers.append((client, frames.read_request(body)))
@@ -467,11 +437,11 @@ class Manager:
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
         if not client.engine:  # an engine is asked
-            self._has_asked(client)
+            self._muster.came(client)
 
     def _is_back(self, client: Client) -> None:
         """One who waited has asked again, or will not."""
-        self._late.discard(client.id)
+        self._muster.late.discard(client.id)
         if self._reunion is not None and self._reunion.came(client):
             self._reunited()
 
@@ -479,7 +449,7 @@ class Manager:
         """Take up what was asked meanwhile: in the order in which it was asked first."""
         reunion, self._reunion = self._reunion, None
         assert reunion is not None
-        self._late = reunion.missing
+        self._muster.late = reunion.missing
         for client, body in reunion.taken_up():
             if self._door.clients.get(client.id) is client:
                 self._handlers[body[0]](client, body)
