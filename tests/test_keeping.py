@@ -1008,7 +1008,7 @@ def test_a_shutdown_starts_another_worker_for_what_waits_behind_a_job_that_is_on
         makes = session.submit(Path.write_bytes, pipe, b"x")
         until(lambda: needs._task.runner and makes._task.runner)
         # As another process would begin it, with nobody waiting for the jobs of this one first.
-        with thread(session._member.link().question, frames.DRAIN) as ended:
+        with thread(lambda: session._member.link().question(frames.DRAIN)) as ended:
             until(lambda: session._member.running_engine().engine.jobs.draining)
             until(lambda: session.status().draining)
             os.kill(makes._task.runner.pid, signal.SIGKILL)
