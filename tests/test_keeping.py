@@ -32,7 +32,9 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.client.hold import Hold
 from whitepool_mp.wire import frames
+from whitepool_mp.wire.pages import Page
 
 T = 20.0
 """Seconds that nothing here should need: a deadline against hanging."""
@@ -707,6 +709,75 @@ def test_a_job_sent_to_a_kept_worker_that_is_stopped_is_run_once_elsewhere_or_la
                 assert errands.run_count(tmp_path / "ran") == 0
             assert it.result(T) == 7
         assert errands.run_count(tmp_path / "ran") == 1
+        whole(session)
+
+
+@pytest.mark.parametrize("way", ["run", "submit"])
+def test_a_large_job_that_is_being_sent_to_a_worker_that_is_taken_back_goes_elsewhere(
+    start_method: str, way: str, tmp_path: Path, pipe: Callable[[], int], long: Any
+) -> None:
+    """It does not wait until whoever has the worker then is done."""
+    large = bytes(16 << 20)
+    with Pool(2, start_method=start_method) as session:
+        whole(session)
+        for timeout in (None, T):
+            first = session.checkout(T)
+            pid = job(session, way)
+            stop(pid)
+            with (
+                thread(lambda: session.submit(len, large, timeout=timeout).result(T))
+                if (way == "submit")
+                else thread(lambda: session.run(len, large, timeout=timeout)) as it
+            ):
+                if way == "run":
+                    until(lambda: not session._member.kept)
+                with session.checkout(T) as lease:
+                    assert lease.pid == pid
+                    with thread(lease.call, *long) as longer:
+                        os.kill(pid, signal.SIGCONT)
+                        begun(tmp_path)
+                        first.checkin()
+                        assert it.result(T) == len(large)
+                        assert not longer.done()
+                        pipe()
+                        assert longer.result(T) == 1
+            (tmp_path / "ran").unlink()
+        whole(session)
+        assert session.status().counters["killed"] == 0
+
+
+@pytest.mark.parametrize("way", ["run", "submit"])
+def test_a_job_sent_just_after_its_worker_was_taken_back_does_not_wait_for_who_has_it(
+    start_method: str,
+    way: str,
+    tmp_path: Path,
+    pipe: Callable[[], int],
+    long: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sender had looked, and then another thread of it ran for a moment."""
+    looks = Hold if way == "run" else Page
+    look: Callable[..., bool] = looks.is_recalled
+    with Pool(2, start_method=start_method) as session:
+        whole(session)
+        first = session.checkout(T)
+        pid = job(session, way)
+        in_hand, session._member.kept[:] = list(session._member.kept), []
+        with session.checkout(T) as lease:
+            assert lease.pid == pid
+            with thread(lease.call, *long) as longer:
+                begun(tmp_path)
+                first.checkin()
+                session._member.kept += in_hand
+                before = [False]
+                monkeypatch.setattr(
+                    looks, "is_recalled", lambda *args: before.pop() if before else look(*args)
+                )
+                assert job(session, way) == first.pid
+                assert not before
+                assert not longer.done()
+                pipe()
+                assert longer.result(T) == 1
         whole(session)
 
 

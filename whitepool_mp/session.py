@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from whitepool_mp.client.answers import open_answer
+from whitepool_mp.client.channel import Refused
 from whitepool_mp.client.hold import Hold
 from whitepool_mp.client.joining import LinkBroken, TimedOut
 from whitepool_mp.client.link import ChannelBroken, Link
@@ -264,9 +265,11 @@ class Session:
                     member.return_channel(hold.worker, hold.recalled())
                     continue
                 returned, value = open_answer(message, fn, hold.id, member.name)
-            except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
+            except (TimedOut, ChannelBroken, LinkBroken, LeaseError, Refused) as error:
                 if isinstance(error, LeaseError) and hold.keep:
                     hold.recalled()  # before its first call
+                    continue
+                if not isinstance(error, TimedOut) and hold.refused():
                     continue
                 if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
                     # It died before the call began: while it was kept, or else just now.

@@ -14,10 +14,15 @@ from whitepool_mp.client.joining import TimedOut
 from whitepool_mp.client.link import ChannelBroken, left_ms
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import HEAD, Message, MessageReader
-from whitepool_mp.wire.pages import Page
+from whitepool_mp.wire.pages import RECALLED, Page
 
 _SMALL = 64 * 1024
 """Bytes of a pickle that is copied to be sent in one piece with its head."""
+
+
+class Refused(Exception):
+    """The lease was taken back and the call has not begun, which it never will. The channel is of
+    no more use: the request lies in it. Internal."""
 
 
 class Channel:
@@ -62,6 +67,7 @@ class Channel:
         Raises:
             TimedOut: the answer was not there in time; the channel is of no more use.
             ChannelBroken: the worker is gone.
+            Refused: the lease was taken back too late for the worker to say so at once.
         """
         sock, reader = self.sock, self.reader
         try:
@@ -69,7 +75,8 @@ class Channel:
                 sock.sendall(HEAD.pack(kind, flags, 0, number, lease, len(data)) + data)
             else:
                 pieces = messages.pack(kind, flags, number, lease, data, buffers)
-                self._send_until(pieces, deadline)
+                self._send_until(pieces, deadline, lease, number)
+            self._look(lease, number)
             while True:
                 if deadline is not None and not self._poll.poll(left_ms(deadline)):
                     raise TimedOut
@@ -84,14 +91,36 @@ class Channel:
         except OSError:
             raise ChannelBroken from None
 
-    def _send_until(self, pieces: list[bytes | memoryview], deadline: float | None) -> None:
-        """Send to a worker that may not read: each write waits for room until the deadline."""
-        if deadline is None:
-            messages.send_all(self.sock, pieces)
+    def _look(self, lease: int, number: int) -> None:
+        """After something was sent: find out whether the lease had been taken back by then.
+
+        If not, the worker sees what was sent before it begins anything under another lease, and
+        refuses it. Otherwise it may have begun that, and come to refuse this only when that ends.
+        """
+        page = self.page
+        if page.words[RECALLED] < lease or not page.refuses(lease, number):
             return
-        self.sock.settimeout(max(0.0, deadline - time.monotonic()) or 1e-6)
+        if not self._poll.poll(0):  # else it has been answered
+            raise Refused
+
+    def _send_until(
+        self,
+        pieces: list[bytes | memoryview],
+        deadline: float | None,
+        lease: int,
+        number: int,
+    ) -> None:
+        """Send to a worker that may not read: each write waits for room until the deadline."""
+        rest = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        with contextlib.suppress(BlockingIOError):
+            messages.drop_sent(rest, self.sock.sendmsg(rest[:512], (), socket.MSG_DONTWAIT))
+        if not rest:
+            return
+        self._look(lease, number)
+        if deadline is not None:
+            self.sock.settimeout(max(0.0, deadline - time.monotonic()) or 1e-6)
         try:
-            messages.send_all(self.sock, pieces)
+            messages.send_all(self.sock, list(rest))
         finally:
             self.sock.settimeout(None)
 

@@ -104,9 +104,14 @@ class Dispatcher(Endings):
             or (bool(self._long) and not self._tickets)
         )
         if self._unpushed:
-            for channel in self._unpushed:
-                self._engine.push(channel)
+            pushed = list(self._unpushed)
             self._unpushed.clear()
+            refused = False
+            for channel in pushed:
+                self._engine.push(channel)
+                refused |= self.sent(channel)
+            if refused:
+                self.dispatch()  # what is to be sent to somebody else
 
     def _feed_free(self) -> None:
         """Give every free worker a task."""

@@ -146,6 +146,8 @@ class Endings(Flights):
         """The first call in flight is over its time."""
         task = lease.tasks[0]
         number = task.next_number
+        if self._is_refused(lease):
+            return
         self._take_back(lease)
         if lease.channel is not None:
             self._engine.hear_all(lease.channel)

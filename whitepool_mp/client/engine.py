@@ -155,8 +155,10 @@ class Engine(Channels):
                 if events & ~select.EPOLLOUT:
                     self._hear_manager()
             elif (channel := self._by_fd.get(fd)) is not None:
-                if events & select.EPOLLOUT and channel.push():
-                    self._epoll.modify(fd, select.EPOLLIN)
+                if events & select.EPOLLOUT:
+                    if channel.push():
+                        self._epoll.modify(fd, select.EPOLLIN)
+                    self.jobs.sent(channel)
                 if events & ~select.EPOLLOUT:
                     self._hear_worker(channel)
         now = time.monotonic()

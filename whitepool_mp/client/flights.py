@@ -232,6 +232,30 @@ class Flights:
         if len(lease.tasks) > 1 or lease.tasks[0].left > 1:
             self._take_back(lease)
 
+    def sent(self, channel: EngineChannel) -> bool:
+        """Something was sent: find out whether the lease had been taken back by then."""
+        lease = channel.lease
+        if lease is None or not channel.page.is_recalled(lease.id):
+            return False
+        return self._is_refused(lease)
+
+    def _is_refused(self, lease: EngineLease) -> bool:
+        """Whether the first call in flight will never begin, since the lease was taken back.
+
+        The worker refuses what was sent before it begins anything under another lease. What came
+        later it may only find when that has ended.
+        """
+        channel = lease.channel
+        if channel is None or not lease.tasks:
+            return False
+        number = lease.tasks[0].next_number
+        if not channel.page.refuses(lease.id, number):
+            return False
+        self._engine.hear_all(channel)  # it may have been answered
+        if lease.ended is None and lease.tasks and lease.tasks[0].next_number == number:
+            self.recalled(lease)
+        return True
+
     # --- a whole lease --------------------------------------------------------------------
 
     def recalled(self, lease: EngineLease) -> None:

@@ -146,6 +146,16 @@ class Hold:
         channel, self.channel = self.channel, None
         return channel
 
+    def refused(self) -> bool:
+        """Whether the pool has taken the worker back, and will not begin the last call; then the
+        hold is over, and its channel, in which that call lies."""
+        channel = self.channel
+        if channel is None or not channel.page.refuses(self.id, self.number):
+            return False
+        self.recalled()
+        channel.close()
+        return True
+
     def lose(self) -> None:
         """The channel broke before a call began: nothing is lost but the worker."""
         self.abandon("lost (its worker died)", "its channel broke")

@@ -219,6 +219,11 @@ class Page:
         self._order()
         return min(to, after + max(0, words[BEGUN] - first))
 
+    def refuses(self, lease: int, number: int) -> bool:
+        """Whether a call that was sent will never begin, since its lease has been taken back; or it
+        has been answered, and another lease's has begun since."""
+        return self.words[RECALLED] >= lease and self._order() and not self.began(lease, number)
+
     def is_recalled(self, lease: int) -> bool:
         """Whether a lease has been taken back."""
         return self.words[RECALLED] >= lease

@@ -21,7 +21,7 @@ from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import descriptors, frames, messages, pages, rooms
 from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import CALL, Message
-from whitepool_mp.wire.pages import KIND, QUIET, RESULTS, SENDINGS, UNSENT, Page
+from whitepool_mp.wire.pages import KIND, QUIET, RECALLED, RESULTS, SENDINGS, UNSENT, Page
 from whitepool_mp.worker.answers import Channel
 from whitepool_mp.worker.calls import Calls
 
@@ -146,10 +146,7 @@ class Server(Calls):
             message = reader.take(count)
             while message is not None:
                 if message.token > self._fence:
-                    if message.token > pages.LAST_LEASE:
-                        raise ProtocolError(f"no lease has the number {message.token}")
-                    self._fence = message.token
-                    self._kept.clear()
+                    self._begin_lease(channel, message.token)
                 if message.kind == CALL:
                     self._call(channel, message)
                 else:
@@ -161,6 +158,27 @@ class Server(Calls):
             # The client is gone, or speaks nonsense: its channel ends, others go on. A lease that
             # it held is the manager's to take back.
             self._drop(channel)
+
+    def _begin_lease(self, channel: Channel, lease: int) -> None:
+        """The first message under a lease came: nobody else has a say here any more.
+
+        What others have sent is refused before anything is begun under this lease, which may take
+        as long as it likes. They look, after they have sent something, whether they were too late
+        for that.
+        """
+        if lease > pages.LAST_LEASE:
+            raise ProtocolError(f"no lease has the number {lease}")
+        self._fence = lease
+        self._kept.clear()
+        if self._words[RECALLED] >= lease:
+            return
+        for fd, _ in self._poll.poll(0):
+            other = self._channels.get(fd)
+            if other is not None and other is not channel:
+                self._hear_client(other)
+        for other in list(self._channels.values()):
+            if other is not channel and other.reader.more:
+                self._drop(other)  # a part of a message: who sends it must not wait for room
 
     def _serve(self, channel: Channel, message: Message) -> None:
         if message.kind == messages.METHOD:
