@@ -316,7 +316,8 @@ class Session:
 
         Returns:
             A `concurrent.futures.Future`. Its `cancel()` also ends a running call, by killing the
-            worker; its exceptions are those of `run`.
+            worker; its exceptions are those of `run`. Its callbacks run in the thread that serves
+            all jobs of this process: they may submit others, and must not wait for any.
 
         Raises:
             SerializationError: the function or an argument cannot be pickled.
