@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -303,6 +304,21 @@ def test_names_are_those_a_reader_knows() -> None:
     assert payload.qualified_name(len) == "len"
     assert payload.qualified_name(Point(1, 2).norm).endswith("Point.norm")
     assert payload.qualified_name(functools.lru_cache(double)).endswith(".double")
+
+
+def test_what_has_any_attribute_has_a_name_too() -> None:
+    class Permissive:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __repr__(self) -> str:
+            return "<anything>"
+
+    assert payload.qualified_name(Permissive()) == "<anything>"
+    assert payload.qualified_name(Mock(name="stand-in")).startswith("<Mock name='stand-in'")
+    assert payload.qualified_name(functools.partial(len, ())) == "len"
+    with pytest.raises(SerializationError, match="the function <Mock name='stand-in'"):
+        payload.dump_job(Mock(name="stand-in", lock=threading.Lock()), (), {})
 
 
 def test_a_repr_is_shortened_and_never_raises() -> None:

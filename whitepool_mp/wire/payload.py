@@ -46,6 +46,17 @@ def dumps(value: Any) -> Dumped:
         value = _beside(value)
         if type(value) is not pickle.PickleBuffer:
             return pickle.dumps(value, 5), []
+    found = _by_name(value)
+    if found is not None:
+        return found
+    from whitepool_mp.wire import by_value
+
+    buffers: list[pickle.PickleBuffer] = []
+    return by_value.dumps(value, _sorter(buffers)), buffers
+
+
+def _by_name(value: Any) -> Dumped | None:
+    """A value's plain pickle; None if there is something in it that has to travel by value."""
     buffers: list[pickle.PickleBuffer] = []
     try:
         data = pickle.dumps(value, 5, buffer_callback=buffers.append)
@@ -56,10 +67,7 @@ def dumps(value: Any) -> Dumped:
             return pickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
     except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
         pass
-    from whitepool_mp.wire import by_value
-
-    buffers.clear()
-    return by_value.dumps(value, _sorter(buffers)), buffers
+    return None
 
 
 def _beside(value: Any) -> Any:
@@ -116,13 +124,14 @@ loads = pickle.loads
 
 def qualified_name(function: Any) -> str:
     """The name by which a reader knows a function: `module.qualname`, or its repr."""
-    while hasattr(function, "func") and hasattr(function, "keywords"):  # functools.partial
+    # A functools.partial. (By its class: an object may have any attribute that it is asked for.)
+    while hasattr(type(function), "func") and hasattr(type(function), "keywords"):
         function = function.func
     name = getattr(function, "__qualname__", None)
-    if name is None:
+    if not isinstance(name, str):
         return shorten(function)
     module = getattr(function, "__module__", None)
-    return f"{module}.{name}" if module not in (None, "builtins", "__main__") else str(name)
+    return f"{module}.{name}" if module not in (None, "builtins", "__main__") else name
 
 
 def named(what: Any) -> str:
@@ -212,9 +221,15 @@ def dump_job(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     if type(function) in _FUNCTIONS:
-        known = _by_reference.get(function) or _reference(function) or _steady(function)
+        known = _by_reference.get(function) or _reference(function)
+        dumped: Dumped | None = None
         if known is not None:
-            data, buffers = dump_arguments(function, args, kwargs)
+            dumped = dump_arguments(function, args, kwargs)
+        elif (known := _steady(function)) is not None:
+            # Two that travel by value may refer to the same thing, or to each other: one pickle.
+            dumped = _by_name(_arguments(args, kwargs))
+        if known is not None and dumped is not None:
+            data, buffers = dumped
             # The one pickle's end and the other's beginning fall away.
             return b"".join((known[0], memoryview(data)[2:-1], _PAIR)), buffers, known[1]
     data, buffers = dump_call(function, args, kwargs)
