@@ -218,6 +218,10 @@ class AsyncSession:
         def too_late() -> None:
             if future.done():
                 return
+            driver.engine.cancel(task)  # finds out whether it has begun, or even ended
+            driver.settle()
+            if future.done():
+                return
             error: Exception
             if task.runner is None:
                 error = CheckoutTimeout(
@@ -231,8 +235,6 @@ class AsyncSession:
                     "being replaced"
                 )
             future.set_exception(error)
-            driver.engine.cancel(task)
-            driver.settle()
 
         timer = None if seconds is None else driver.loop.call_later(seconds, too_late)
         try:

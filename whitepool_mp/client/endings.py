@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
+from collections.abc import Callable
 
 from whitepool_mp.client.durations import BULK_SECONDS, CALL_SECONDS
 from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
@@ -183,6 +184,22 @@ class Endings(Flights):
             tasks = self._withdraw(lease)
             self.destroy(lease, "its call was cancelled")
             self._requeue(tasks[1:])
+
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Nobody wants a task of one call any more, unless it has begun.
+
+        Args:
+            task: one that was sent to a worker, which may be taken back, ended or dead by now.
+            recanted: told that the task has not begun and never will; its sink is not.
+        """
+        lease: EngineLease | None = task.runner
+        if lease is not None and task in lease.tasks:
+            self._take_back(lease)
+            if lease.channel is not None:
+                self._engine.hear_all(lease.channel)  # if it died this one may be queued again
+        if task.runner is None and task.left and not task.cancelled:
+            self.cancel(task)
+            recanted()
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

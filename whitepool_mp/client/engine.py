@@ -390,6 +390,11 @@ class Engine(Channels):
         """Nobody wants a task any more."""
         self.jobs.cancel(task)
 
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Nobody wants a task of one call any more, unless it has begun; `recanted` hears of it."""
+        if not self._closed:
+            self.jobs.recant(task, recanted)
+
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
         self.jobs.destroy(lease, reason)

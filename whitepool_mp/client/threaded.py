@@ -6,7 +6,7 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from whitepool_mp.client.engine import Engine
 from whitepool_mp.client.future import JobFuture
@@ -78,6 +78,10 @@ class Threaded:
     def cancel(self, task: Task) -> None:
         """Give a task up."""
         self.engine.post(self.engine.cancel, task)
+
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Give a task of one call up if it has not begun, and say so then."""
+        self.engine.post(self.engine.recant, task, recanted)
 
     def inside(self) -> bool:
         """Whether the calling code runs in the engine's thread (a future's callback)."""
