@@ -875,6 +875,45 @@ async def test_a_task_behind_a_running_one_whose_time_is_up_says_that_no_worker_
 # --- map --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_map_closed_early_takes_back_what_was_sent_and_has_not_begun(
+    path: Path, pipe: Callable[[], int], patience: str, plain: bool
+) -> None:
+    deed = functools.partial(errands.wait_for, path.with_name("pipe"))
+    run = functools.partial(errands.trace_or, path, {5}, deed)
+    with Pool(1) as session:
+        items = range(20) if plain else iter(range(20))
+        results: Any = session.map(run, items, chunksize=20)
+        assert next(results) == 0
+        until(lambda: errands.run_count(path) == 6)
+        behind = session.submit(errands.step, path, 20)
+        results.close()
+        heard(session)
+        pipe()
+        assert behind.result(SOON) == 20
+        settled(session)
+        assert ran(path) == Counter([*range(6), 20])
+        assert session.status().counters["killed"] == 0
+
+
+@in_loop
+async def test_a_map_closed_early_in_an_event_loop_takes_back_what_was_sent(
+    path: Path, pipe: Callable[[], int], patience: str
+) -> None:
+    deed = functools.partial(errands.wait_for, path.with_name("pipe"))
+    run = functools.partial(errands.trace_or, path, {5}, deed)
+    async with Pool(1) as session:
+        results: Any = session.map(run, range(20), chunksize=20)
+        assert await anext(results) == 0
+        await comes_true(lambda: errands.run_count(path) == 6)
+        await results.aclose()
+        await session.status()  # the engine has been told by then
+        pipe()
+        assert await session.run(errands.step, path, 20) == 20
+        await free(session)
+        assert ran(path) == Counter([*range(6), 20])
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("deed", CRASHES)
 def test_a_crash_in_a_map_costs_one_item(

@@ -265,6 +265,8 @@ class AsyncSession:
         job: MapJob = session._map_job(fn, iterables, timeout, chunksize, with_resource)
         driver = self._driver()
         job._send = driver.engine.submit
+        # (Not at once: an iterator that is dropped is closed at any moment.)
+        job.recant = lambda: driver.engine.post(driver.engine.recant_all, job)
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         came = asyncio.Event()

@@ -367,7 +367,9 @@ class Session:
         from whitepool_mp.jobs import iterate, progress_bar
 
         job = self._map_job(fn, iterables, timeout, chunksize, with_resource)
-        job._send = self._member.threaded().submit
+        threaded = self._member.threaded()
+        job._send = threaded.submit
+        job.recant = lambda: threaded.recant_all(job)
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         return iterate(job, ordered, return_exceptions, bar)

@@ -25,7 +25,7 @@ from whitepool_mp.client.durations import BULK_SECONDS, CALL_SECONDS
 from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
 from whitepool_mp.client.flights import Flights
 from whitepool_mp.client.member import worker_died
-from whitepool_mp.client.tasks import MAX_DEATHS, Task
+from whitepool_mp.client.tasks import MAX_DEATHS, Sink, Task
 from whitepool_mp.errors import CallTimeout, WhitepoolError
 from whitepool_mp.wire import messages
 
@@ -200,6 +200,17 @@ class Endings(Flights):
         if task.runner is None and task.left and not task.cancelled:
             self.cancel(task)
             recanted()
+
+    def recant_all(self, sink: Sink) -> None:
+        """Nobody wants what a sink waits for any more: take back what has not begun, and drop it.
+
+        Args:
+            sink: it hears of no call that is dropped.
+        """
+        for lease in list(self._leases.values()):
+            if any(task.sink is sink for task in lease.tasks):
+                self._take_back(lease)
+        self._pending = deque(task for task in self._pending if task.sink is not sink)
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""
