@@ -18,7 +18,7 @@ from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, CheckoutTimeout, LeaseError
-from whitepool_mp.lease import Lease, broken_off
+from whitepool_mp.lease import Lease, broken_off, unreached
 from whitepool_mp.status import (
     Status,
     WorkerInfo,
@@ -240,6 +240,7 @@ class Session:
                 another worker, to three in all.)
             SerializationError: something cannot be pickled or unpickled.
             CheckoutTimeout, FactoryFailed, PoolClosed, ManagerDied: as for `checkout`.
+            OSError: this process has no descriptor left for a way to the worker.
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -275,8 +276,11 @@ class Session:
                         hold.lose()
                         continue
                 raise broken_off(member, hold, error, fn, seconds) from None
-            except BaseException:
-                hold.abandon("ended by an interrupt", "its call was interrupted")
+            except BaseException as error:
+                if unreached(hold, error):
+                    hold.release(member)
+                else:
+                    hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
             if hold.keep and not hold.is_worn():
                 member.kept.append(hold)
