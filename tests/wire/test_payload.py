@@ -326,6 +326,18 @@ def test_a_repr_is_shortened_and_never_raises() -> None:
     assert payload.shorten(Mute()) == "<Mute whose repr raised ValueError>"
 
 
+def test_an_interrupt_while_something_is_shown_is_the_user_s() -> None:
+    class Interrupted(Exception):
+        def __repr__(self) -> str:
+            raise KeyboardInterrupt
+
+        __str__ = __repr__
+
+    for show in (payload.shorten, payload.worded):
+        with pytest.raises(KeyboardInterrupt):
+            show(Interrupted())
+
+
 # --- exceptions -------------------------------------------------------------------------------
 
 

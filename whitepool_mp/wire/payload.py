@@ -140,12 +140,29 @@ def named(what: Any) -> str:
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """A repr fit for an error message; never raises."""
+    """A repr fit for an error message; never raises (but for a KeyboardInterrupt, as below)."""
     try:
         text = repr(value)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an exit, too, of whatever is just shown
         text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says; never raises."""
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failing:  # as above
+        return f"<its str() raised {type(failing).__name__}>"
+
+
+def worded(error: BaseException) -> str:
+    """An exception's type and what it says; never raises."""
+    return f"{type(error).__name__}: {message_of(error)}"
 
 
 def dump_call(
@@ -271,7 +288,7 @@ def dump_method(target: int, name: str, args: tuple[Any, ...], kwargs: dict[str,
     except Exception as error:
         raise SerializationError(
             f"the arguments of method {name!r}, {shorten(args)} {shorten(kwargs)}, cannot be "
-            f"pickled: {type(error).__name__}: {error}"
+            f"pickled: {worded(error)}"
         ) from error
 
 
@@ -286,7 +303,7 @@ def dump_function(function: Callable[..., Any], what: str = "function") -> bytes
     except Exception as error:
         raise SerializationError(
             f"the {what} {qualified_name(function)} cannot be pickled: "
-            f"{type(error).__name__}: {error}. What it refers to (a closure's variables, globals "
+            f"{worded(error)}. What it refers to (a closure's variables, globals "
             "of a script) travels with it: build such things inside the worker instead"
         ) from error
 
@@ -306,12 +323,8 @@ def _culprit(
             dumps_inside(value)
         except Exception as reason:
             shown = "" if value is function else f" ({shorten(value)})"
-            return SerializationError(
-                f"{what}{shown} cannot be pickled: {type(reason).__name__}: {reason}"
-            )
-    return SerializationError(
-        f"the call of {name} cannot be pickled: {type(error).__name__}: {error}"
-    )
+            return SerializationError(f"{what}{shown} cannot be pickled: {worded(reason)}")
+    return SerializationError(f"the call of {name} cannot be pickled: {worded(error)}")
 
 
 # --- exceptions -------------------------------------------------------------------------------
@@ -324,10 +337,9 @@ def dump_failure(error: BaseException, traceback_text: str) -> bytes:
         module = type(error).__module__
         if module not in ("builtins", "__main__"):
             name = f"{module}.{name}"
-        message = str(error)
-    except Exception as failing:
-        name, message = type(error).__name__, f"<its str() raised {type(failing).__name__}>"
-    outer = pickle.dumps((name, message, traceback_text), 5)
+    except Exception:
+        name = type(error).__name__
+    outer = pickle.dumps((name, message_of(error), traceback_text), 5)
     inner = _dump_exception(error) or _dump_exception(_Parts(error)) or b""
     return _FAILURE.pack(len(outer), len(inner)) + outer + inner
 
@@ -382,7 +394,7 @@ def load_failure(data: bytes | memoryview) -> BaseException:
                 return error
             problem = f"it unpickles as a {type(error).__name__}"
         except Exception as failing:
-            problem = f"unpickling it here raised {type(failing).__name__}: {failing}"
+            problem = f"unpickling it here raised {worded(failing)}"
     wrapped = RemoteError(
         f"{name}: {message} (the exception itself did not travel: {problem})",
         type_name=name,
@@ -417,4 +429,5 @@ __all__ = [
     "named",
     "qualified_name",
     "shorten",
+    "worded",
 ]
