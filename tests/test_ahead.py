@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ import numpy as np
 import pytest
 from support import pipe_writer, until, whole
 
-from whitepool_mp import AsyncSession, CallTimeout, Pool, Session, WhitepoolError, WorkerDied
+from whitepool_mp import (
+    AsyncSession,
+    CallTimeout,
+    CheckoutTimeout,
+    Pool,
+    Session,
+    WhitepoolError,
+    WorkerDied,
+)
 from whitepool_mp.client import dispatch, flights
 from whitepool_mp.wire.pages import UNSENT, Page
 
@@ -291,6 +299,113 @@ def test_a_job_cancelled_behind_a_running_one_never_runs(
         assert errands.lines(path) == [str(n) for n in range(40) if n not in gone]
         settled(session)
         assert session.status().counters["killed"] == 0
+
+
+def ahead(session: Session) -> int:
+    """How many jobs were sent to workers, those that run included."""
+    return sum(len(lease.tasks) for lease in list(engine(session).jobs._leases.values()))
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_an_executor_s_end_that_cancels_takes_back_what_was_sent_and_has_not_begun(
+    path: Path, pipe: Callable[[], int], patience: str, waited: bool
+) -> None:
+    called: list[Future[int]] = []
+    with Pool(1) as session:
+        warm(session)
+        executor = session.executor()
+        with at_once(session):
+            deed = (errands.wait_for, path.with_name("pipe"))
+            first = executor.submit(errands.step, path, 0, *deed)
+            others = [executor.submit(errands.step, path, number) for number in range(1, 40)]
+        for future in others:
+            future.add_done_callback(called.append)
+        until(lambda: errands.run_count(path) == 1)
+        if patience == "left behind":
+            assert ahead(session) > 1
+        if waited:
+            ending = threading.Thread(target=executor.shutdown, kwargs={"cancel_futures": True})
+            ending.start()
+        else:
+            executor.shutdown(wait=False, cancel_futures=True)
+        assert not wait(others, SOON).not_done
+        assert [future.cancelled() for future in [first, *others]] == [False] + [True] * 39
+        with pytest.raises(CancelledError):
+            others[0].result(0)
+        pipe()
+        assert first.result(SOON) == 0
+        if waited:
+            ending.join(SOON)
+            assert not ending.is_alive()
+        assert errands.lines(path) == ["0"]
+        settled(session)
+        assert sorted(map(id, called)) == sorted(map(id, others)), "each calls back once"
+        assert session.status().counters["killed"] == 0
+
+
+@pytest.mark.parametrize("deed", [None, errands.kill_self])
+def test_an_executor_s_end_that_cancels_at_any_moment_leaves_one_outcome(
+    path: Path, deed: Callable[[], None] | None
+) -> None:
+    """Each job runs once and returns, or crashes, or never runs and is cancelled."""
+    chosen = random.Random(7)
+    with Pool(2) as session:
+        warm(session)
+        for number in range(20):
+            called: list[Future[int]] = []
+            own = path.with_name(f"ran-{number}")
+            executor = session.executor()
+            strikes = {10: (deed,)} if deed is not None else {}
+            with at_once(session):
+                futures = [
+                    executor.submit(errands.step, own, n, *strikes.get(n, ())) for n in range(60)
+                ]
+            for future in futures:
+                future.add_done_callback(called.append)
+            begun = chosen.randrange(40)
+            until(lambda own=own, begun=begun: errands.run_count(own) >= begun)
+            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
+            assert all(future.done() for future in futures)
+            counts = ran(own)
+            assert set(counts.values()) <= {1}
+            assert set(counts) == {n for n in range(60) if not futures[n].cancelled()}
+            for n in counts:
+                if n in strikes:
+                    assert isinstance(futures[n].exception(0), WorkerDied)
+                else:
+                    assert futures[n].result(0) == n
+            heard(session)  # a callback comes after the end
+            assert sorted(map(id, called)) == sorted(map(id, futures))
+        settled(session)
+        assert session.status().counters["killed"] == 0
+
+
+def test_a_job_that_an_executor_s_end_took_back_may_be_cancelled_by_hand_too(
+    path: Path, pipe: Callable[[], int]
+) -> None:
+    called: list[Future[int]] = []
+    with Pool(1) as session:
+        warm(session)
+        executor = session.executor()
+        with at_once(session):
+            deed = (errands.wait_for, path.with_name("pipe"))
+            first = executor.submit(errands.step, path, 0, *deed)
+            others = [executor.submit(errands.step, path, number) for number in range(1, 20)]
+        for future in others:
+            future.add_done_callback(called.append)
+        until(lambda: errands.run_count(path) == 1)
+        with at_once(session):
+            executor.shutdown(wait=False, cancel_futures=True)
+            for future in others[::2]:
+                assert future.cancel()
+        assert not wait(others, SOON).not_done
+        assert all(future.cancelled() and future.cancel() for future in others)
+        pipe()
+        assert first.result(SOON) == 0
+        settled(session)
+        assert sorted(map(id, called)) == sorted(map(id, others))
+        assert errands.lines(path) == ["0"]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -734,7 +849,69 @@ async def test_a_late_task_costs_no_other(path: Path) -> None:
         await free(session)
 
 
+@in_loop
+async def test_a_task_behind_a_running_one_whose_time_is_up_says_that_no_worker_was_free(
+    path: Path, pipe: Callable[[], int], patience: str
+) -> None:
+    async with Pool(1) as session:
+        await warm_up(session)
+        first = asyncio.create_task(
+            session.run(errands.step, path, 0, errands.wait_for, path.with_name("pipe"))
+        )
+        rest = [
+            asyncio.create_task(session.run(errands.step, path, n, timeout=0.05))
+            for n in range(1, 20)
+        ]
+        for error in await asyncio.gather(*rest, return_exceptions=True):
+            assert isinstance(error, CheckoutTimeout), error
+        await comes_true(lambda: errands.run_count(path) == 1)
+        pipe()
+        assert await first == 0
+        assert errands.lines(path) == ["0"]
+        await free(session)
+        assert (await session.status()).counters["killed"] == 0
+
+
 # --- map --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_map_closed_early_takes_back_what_was_sent_and_has_not_begun(
+    path: Path, pipe: Callable[[], int], patience: str, plain: bool
+) -> None:
+    deed = functools.partial(errands.wait_for, path.with_name("pipe"))
+    run = functools.partial(errands.trace_or, path, {5}, deed)
+    with Pool(1) as session:
+        items = range(20) if plain else iter(range(20))
+        results: Any = session.map(run, items, chunksize=20)
+        assert next(results) == 0
+        until(lambda: errands.run_count(path) == 6)
+        behind = session.submit(errands.step, path, 20)
+        results.close()
+        heard(session)
+        pipe()
+        assert behind.result(SOON) == 20
+        settled(session)
+        assert ran(path) == Counter([*range(6), 20])
+        assert session.status().counters["killed"] == 0
+
+
+@in_loop
+async def test_a_map_closed_early_in_an_event_loop_takes_back_what_was_sent(
+    path: Path, pipe: Callable[[], int], patience: str
+) -> None:
+    deed = functools.partial(errands.wait_for, path.with_name("pipe"))
+    run = functools.partial(errands.trace_or, path, {5}, deed)
+    async with Pool(1) as session:
+        results: Any = session.map(run, range(20), chunksize=20)
+        assert await anext(results) == 0
+        await comes_true(lambda: errands.run_count(path) == 6)
+        await results.aclose()
+        await session.status()  # the engine has been told by then
+        pipe()
+        assert await session.run(errands.step, path, 20) == 20
+        await free(session)
+        assert ran(path) == Counter([*range(6), 20])
 
 
 @pytest.mark.parametrize("ordered", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -502,6 +503,69 @@ def test_an_argument_that_raises_on_unpickling_fails_that_one_call(
             session.run(deeds.echo, deeds.OnUnpickling(deed), timeout=T)
         assert isinstance(caught.value.__cause__, RemoteTraceback)
         assert deed.__name__ in str(caught.value.__cause__)
+        unharmed(session, pid)
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        sys.exit(3)
+
+
+class Speechless:
+    """It cannot be pickled, and whoever shows it exits."""
+
+    def __reduce__(self) -> Any:
+        raise SpeechlessError
+
+    def __repr__(self) -> str:
+        sys.exit(4)
+
+
+def make_speechless() -> Speechless:
+    return Speechless()
+
+
+def raise_speechless() -> None:
+    raise SpeechlessError
+
+
+class SpeechlessWhenLoaded:
+    def __reduce__(self) -> Any:
+        return raise_speechless, ()
+
+
+for each in (SpeechlessError, Speechless, make_speechless, raise_speechless, SpeechlessWhenLoaded):
+    each.__module__ = "__main__"  # by value, as above
+
+
+@pytest.mark.parametrize("way", ["run", "submit", "call"])
+def test_what_exits_when_it_is_shown_ends_neither_worker_nor_caller(
+    start_method: str, way: str
+) -> None:
+    mute = r"<Speechless whose repr raised SystemExit>"
+    silent = r"SpeechlessError: <its str\(\) raised SystemExit>"
+    deeds_and_words: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
+        (raise_speechless, (), Exception, ""),
+        (make_speechless, (), SerializationError, f"result of .*{mute}.* pickled: {silent}"),
+        (len, (Speechless(),), SerializationError, f"0 of len .{mute}.* pickled: {silent}"),
+        (len, (SpeechlessWhenLoaded(),), SerializationError, f"in the worker: {silent}"),
+        (SpeechlessWhenLoaded, (), SerializationError, f"unpickled here: {silent}"),
+    ]
+    with Pool(pool_size=1, start_method=start_method) as session:
+        pid = session.run(os.getpid, timeout=T)
+        for function, args, kind, words in deeds_and_words:
+            with pytest.raises(kind) as caught:
+                if way == "run":
+                    session.run(function, *args, timeout=T)
+                elif way == "submit":
+                    session.submit(function, *args, timeout=T).result(T)
+                else:
+                    with session.checkout(T) as lease:
+                        lease.call(function, *args, timeout=T)
+            if words:
+                assert re.search(words, str(caught.value))
+            else:
+                assert type(caught.value).__name__ == "SpeechlessError"
         unharmed(session, pid)
 
 

@@ -10,15 +10,16 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deeds
 import pytest
-from support import sibling, until
+from support import sibling, until, whole
 from user_script import CLIENTS, script
 
 from whitepool_mp import Lease, Pool, Session
@@ -250,3 +251,39 @@ def test_a_task_cancelled_while_it_queues_or_calls_harms_nobody(
         _unfinished(session)
         counters = session.status().counters
         assert (counters["killed"], counters["crashes"]) == (2, 0)
+
+
+@contextlib.contextmanager
+def without_descriptors() -> Iterator[None]:
+    """This process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_without_descriptors_costs_no_worker() -> None:
+    """A worker that it cannot talk to goes back as it is; what has a lease keeps it."""
+    with Pool(2) as session:
+        whole(session)
+        workers = {row.pid for row in session.workers()}
+        with without_descriptors():
+            for _ in range(4):
+                with pytest.raises(OSError, match="descriptor"):
+                    session.run(abs, -1)
+        whole(session)
+        with session.checkout() as lease:
+            with without_descriptors(), pytest.raises(OSError, match="descriptor"):
+                lease.call(abs, -1)
+            assert lease.valid and lease.call(abs, -2) == 2
+        assert session.run(abs, -3) == 3
+        assert {row.pid for row in session.workers()} == workers
+        assert session.status().counters["killed"] == 0

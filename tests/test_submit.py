@@ -582,6 +582,16 @@ def test_an_endless_input_is_read_a_window_ahead(pool: Session, tmp_path: Path) 
     results.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_range_may_be_longer_than_any_list(pool: Session, progress: bool) -> None:
+    begin = 10**20
+    results: Any = pool.map(errands.square, range(begin, 2 * begin), progress=progress)
+    assert [next(results) for _ in range(100)] == [n * n for n in range(begin, begin + 100)]
+    results.close()
+    pairs = pool.map(errands.add, range(begin), range(3))
+    assert list(pairs) == [0, 2, 4]
+
+
 def test_a_slow_call_holds_up_an_endless_input_only_a_few_windows_later(
     pool: Session, tmp_path: Path
 ) -> None:

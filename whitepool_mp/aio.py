@@ -218,6 +218,10 @@ class AsyncSession:
         def too_late() -> None:
             if future.done():
                 return
+            driver.engine.cancel(task)  # finds out whether it has begun, or even ended
+            driver.settle()
+            if future.done():
+                return
             error: Exception
             if task.runner is None:
                 error = CheckoutTimeout(
@@ -231,8 +235,6 @@ class AsyncSession:
                     "being replaced"
                 )
             future.set_exception(error)
-            driver.engine.cancel(task)
-            driver.settle()
 
         timer = None if seconds is None else driver.loop.call_later(seconds, too_late)
         try:
@@ -263,6 +265,8 @@ class AsyncSession:
         job: MapJob = session._map_job(fn, iterables, timeout, chunksize, with_resource)
         driver = self._driver()
         job._send = driver.engine.submit
+        # (Not at once: an iterator that is dropped is closed at any moment.)
+        job.recant = lambda: driver.engine.post(driver.engine.recant_all, job)
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         came = asyncio.Event()

@@ -94,7 +94,8 @@ class SessionExecutor(_Base):
         Args:
             wait: whether to return only when everything submitted has ended. (In a future's
                 callback it is not waited for: others end only after it.)
-            cancel_futures: whether to cancel what has not begun.
+            cancel_futures: whether to cancel what has not begun. (What was sent to a worker and
+                waits there is asked back, and cancelled a moment later.)
         """
         with self._lock:
             already, self._closed = self._closed, True

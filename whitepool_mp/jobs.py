@@ -75,7 +75,9 @@ class MapJob:
         self._function = payload.dump_function(fn)
         self._inputs: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
         self._column: Sequence[Any] | None = None
-        if len(iterables) == 1 and type(iterables[0]) in (list, tuple, range) and timeout is None:
+        # (A range may be longer than can be told, and is then read one by one.)
+        plain = len(iterables) == 1 and type(iterables[0]) in (list, tuple, range)
+        if plain and timeout is None and total is not None:
             self._column = cast("Sequence[Any]", iterables[0])
         self._flags = flags
         self._timeout = timeout
@@ -90,6 +92,7 @@ class MapJob:
         # Index, whether they returned, and their values; or count, skip and message of a bulk.
         self._results: deque[tuple[int, bool | None, Any]] = deque()
         self.notify: Callable[[], None] = lambda: None
+        self.recant: Callable[[], None] = lambda: None
 
     @property
     def chunk(self) -> int:
@@ -262,8 +265,10 @@ class MapJob:
     _closed = False
 
     def close(self) -> None:
-        """Nobody wants the rest: what was not sent to a worker never runs."""
+        """Nobody wants the rest: what no worker has begun never runs."""
         self._closed = True
+        if self.ended < self.read:
+            self.recant()
 
 
 class Ordering:
@@ -379,6 +384,6 @@ def known_length(iterables: tuple[Iterable[Any], ...]) -> int | None:
     for iterable in iterables:
         try:
             lengths.append(len(iterable))  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, OverflowError):  # there are ranges too long for it
             return None
     return min(lengths, default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -94,6 +95,7 @@ class Lease:
             WorkerDied: the worker died; the lease has ended.
             SerializationError: something cannot be pickled or unpickled; the lease goes on.
             LeaseError: the lease has ended, or another thread's call is running on it.
+            OSError: this process has no descriptor left for a way to the worker; the lease goes on.
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -141,9 +143,10 @@ class Lease:
             except (TimedOut, ChannelBroken, LinkBroken, LeaseError) as error:
                 self._forget()
                 raise broken_off(member, hold, error, what, seconds) from None
-            except BaseException:
-                self._forget()
-                hold.abandon("ended by an interrupt", "its call was interrupted")
+            except BaseException as error:
+                if not unreached(hold, error):
+                    self._forget()
+                    hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
             returned, value = open_answer(message, what, self.id, self.name)
             if not returned:
@@ -241,6 +244,17 @@ class Lease:
             stacklevel=2,
             source=self,
         )
+
+
+def unreached(hold: Hold, error: BaseException) -> bool:
+    """Whether a call failed for want of a descriptor for the way to the worker, which then knows
+    nothing of it."""
+    return (
+        isinstance(error, OSError)
+        and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        and hold.channel is None
+        and hold.ended is None
+    )
 
 
 def broken_off(

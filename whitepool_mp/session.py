@@ -19,7 +19,7 @@ from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, CheckoutTimeout, LeaseError
-from whitepool_mp.lease import Lease, broken_off
+from whitepool_mp.lease import Lease, broken_off, unreached
 from whitepool_mp.status import (
     Status,
     WorkerInfo,
@@ -241,6 +241,7 @@ class Session:
                 another worker, to three in all.)
             SerializationError: something cannot be pickled or unpickled.
             CheckoutTimeout, FactoryFailed, PoolClosed, ManagerDied: as for `checkout`.
+            OSError: this process has no descriptor left for a way to the worker.
         """
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -278,8 +279,11 @@ class Session:
                         hold.lose()
                         continue
                 raise broken_off(member, hold, error, fn, seconds) from None
-            except BaseException:
-                hold.abandon("ended by an interrupt", "its call was interrupted")
+            except BaseException as error:
+                if unreached(hold, error):
+                    hold.release(member)
+                else:
+                    hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
             if hold.keep and not hold.is_worn():
                 member.kept.append(hold)
@@ -371,7 +375,9 @@ class Session:
         from whitepool_mp.jobs import iterate, progress_bar
 
         job = self._map_job(fn, iterables, timeout, chunksize, with_resource)
-        job._send = self._member.threaded().submit
+        threaded = self._member.threaded()
+        job._send = threaded.submit
+        job.recant = lambda: threaded.recant_all(job)
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         return iterate(job, ordered, return_exceptions, bar)

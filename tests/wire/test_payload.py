@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -305,9 +306,36 @@ def test_names_are_those_a_reader_knows() -> None:
     assert payload.qualified_name(functools.lru_cache(double)).endswith(".double")
 
 
+def test_what_has_any_attribute_has_a_name_too() -> None:
+    class Permissive:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __repr__(self) -> str:
+            return "<anything>"
+
+    assert payload.qualified_name(Permissive()) == "<anything>"
+    assert payload.qualified_name(Mock(name="stand-in")).startswith("<Mock name='stand-in'")
+    assert payload.qualified_name(functools.partial(len, ())) == "len"
+    with pytest.raises(SerializationError, match="the function <Mock name='stand-in'"):
+        payload.dump_job(Mock(name="stand-in", lock=threading.Lock()), (), {})
+
+
 def test_a_repr_is_shortened_and_never_raises() -> None:
     assert payload.shorten("x" * 500) == "'" + "x" * 76 + "..."
     assert payload.shorten(Mute()) == "<Mute whose repr raised ValueError>"
+
+
+def test_an_interrupt_while_something_is_shown_is_the_user_s() -> None:
+    class Interrupted(Exception):
+        def __repr__(self) -> str:
+            raise KeyboardInterrupt
+
+        __str__ = __repr__
+
+    for show in (payload.shorten, payload.worded):
+        with pytest.raises(KeyboardInterrupt):
+            show(Interrupted())
 
 
 # --- exceptions -------------------------------------------------------------------------------

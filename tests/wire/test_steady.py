@@ -87,7 +87,8 @@ def script() -> dict[str, Any]:
 
 
 def define(names: dict[str, Any], code: str) -> Any:
-    exec(textwrap.dedent(code), names)
+    # (With annotations as they are, not as text, which this module has.)
+    exec(compile(textwrap.dedent(code), "<a script>", "exec", dont_inherit=True), names)
     return names["f"]
 
 
@@ -105,12 +106,21 @@ STEADY = [
     "def f(x: int) -> dict[str, int]:\n 'Text.'\n return {'x': not_there if x > 9 else x}",
     "from collections import OrderedDict\ndef f(x): return OrderedDict(x=x)",
     "f = helper\nf.weight = 3",
+    "def f(x, by=helper): return by(x)",
+    "from typing import Any, Optional\n"
+    "from collections.abc import Callable\n"
+    "def f(x: Optional[list[int]], y: Callable[[int], Any] = abs) -> 'str | int': return y(x)",
+    "import typing\ndef f(x: typing.Annotated[int, 1], y: typing.List = ()) -> None: return x, y",
 ]
 OTHERS = [
     "def f(x): return TABLE + [x]",
     "def f(x): return Point.size + x",
     "f = make([1])",
     "def f(x, y=[]): return y + [x]",
+    "def f(x: Point): return f.__annotations__['x'].size + x",
+    "import typing\n"
+    "def f(x: typing.Annotated[int, [1]]): return f.__annotations__['x'].__metadata__[0] + [x]",
+    "both = (helper, sqrt)\ndef f(x): return both[0](x)",
     "import random\nsource = random.Random(1)\ndef f(x): return source.random()",
 ]
 
@@ -153,9 +163,20 @@ CHANGES: dict[str, str] = {
     "another module": "math = __import__('cmath')",
     "a module's place": "sqrt = math.floor if hasattr(math, 'floor') else abs",
     "a tuple": "SHAPE = ({n}, RATE)",
+    "an annotation": "f.__annotations__['x'] = {n}",
+    "an annotation that may change": "f.__annotations__ = {{'x': [{n}]}}",
+    "a helper's annotation": "helper.__annotations__['y'] = {n}",
+    "no annotation": "f.__annotations__ = {{}}",
+    "an annotation to a default": "f.__kwdefaults__, f.__annotations__ = f.__annotations__, {{}}",
+    "the text": "f.__doc__ = 'Text {n}.'",
+    "the name": "f.__name__ = 'named_{n}'",
+    "the long name": "f.__qualname__ = 'f.named_{n}'",
+    "the module": "f.__module__ = (None, 'there_is_none', '__main__', 'json')[{n}]",
     "nothing": "",
 }
 CODES = [
+    "def f(x, *, y=2):\n 'Text.'\n return (f.__annotations__, f.__doc__, f.__name__,\n"
+    "  f.__qualname__, f.__module__, f.__kwdefaults__, helper.__annotations__)",
     "def f(x): return (RATE, helper(x), SHAPE, sqrt(x), math.__name__, f.__dict__)",
     "def f(x): return f.__dict__, RATE",
     "def f(x):\n try: return not_there, deeper(x)\n except NameError: return None",
@@ -202,17 +223,82 @@ def test_a_module_of_a_package_that_is_loaded_later_is_there(
         loaded.append(b"parcel.part" in data)
     assert loaded == [True] * 3
     for name in ("parcel", "parcel.part"):
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
+
+
+PARCEL = {"__init__.py": "import parcel.box", "box/__init__.py": "", "box/part.py": "number = 5"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import parcel\ndef f(): return parcel.box.part.number",
+        "import parcel.box\ndef f(): return parcel.box.part.number",
+        "import parcel.box as inner\ndef f(): return inner.part.number",
+        "def enclose():\n import parcel\n return lambda: parcel.box.part.number\nf = enclose()",
+    ],
+)
+def test_a_module_deep_in_a_package_that_is_loaded_later_is_there(
+    code: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, text in PARCEL.items():
+        file = tmp_path / "parcel" / path
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = script()
+    function = define(names, code)
+    for _ in range(3):
+        with pytest.raises(AttributeError):
+            sent(function)
+    exec("import parcel.box.part", names)
+    there = [b"parcel.box.part" in payload.dump_job(function, (), {})[0] for _ in range(3)]
+    assert there == [True] * 3
+    for name in ("parcel", "parcel.box", "parcel.box.part"):
+        del sys.modules[name]
+
+
+def test_a_function_among_the_arguments_is_the_one_that_the_called_one_knows() -> None:
+    names = script()
+    knows = define(names, "def f(x): return x is helper, helper is x")
+    adds = define(
+        names,
+        """
+        count = 0
+        def bump():
+            global count
+            count += 1
+        def f(also):
+            also()
+            return count
+        """,
+    )
+    for _ in range(4):
+        assert sent(knows, names["helper"]) == (True, True)
+        assert sent(knows, len) == (False, False)
+        assert sent(adds, names["bump"]) == 1, "its globals are those of the function it came with"
+        assert sent(adds, print) == 0
+
+
+TUPLED = """
+def enclose():
+    def own(x): return both[1](x)
+    def other(x): return x
+    both = (own, other)
+    return own
+f = enclose()
+"""
+TUPLED_TWICE = TUPLED.replace("(own, other)", "((own,), other)")
 
 
 def test_nothing_is_kept_alive() -> None:
     names = script()
     before = len(steady._known)
     watched = []
-    for code in STEADY:
+    for code in [*STEADY, TUPLED, TUPLED_TWICE]:
         function = define(names, code)
         for number in range(3):
-            sent(function, number)
+            outcome(lambda n, call=function: sent(call, n), number)
         watched.append(weakref.ref(function))
     assert len(steady._known) > before
     del function
@@ -281,6 +367,39 @@ def test_a_change_while_it_is_pickled_is_not_taken_for_what_was_there_before(
         assert [sent(function) for _ in range(3)] == [number] * 3
 
 
+def test_a_change_between_looking_and_pickling_is_not_overlooked_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = script()
+    function = define(names, "def f(): return RATE")
+    create = steady._Pickled.__init__
+
+    def late(self: Any, *args: Any) -> None:
+        names["RATE"] = [1]  # by another thread
+        create(self, *args)
+
+    assert sent(function) == 3
+    monkeypatch.setattr(steady._Pickled, "__init__", late)
+    assert sent(function) == [1]
+    monkeypatch.undo()
+    names["RATE"].append(2)
+    assert [sent(function) for _ in range(3)] == [[1, 2]] * 3
+
+
+def test_annotations_that_cannot_be_made_are_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = steady._parts
+
+    def undefined(*args: Any) -> Any:
+        parts(*args)
+        raise NameError("name 'Undefined' is not defined")  # as Python 3.14, which makes them late
+
+    late, later = define(script(), "def f(x): return x"), define(script(), "def f(x): return -x")
+    assert [sent(late, number) for number in range(3)] == [0, 1, 2]
+    monkeypatch.setattr(steady, "_parts", undefined)
+    assert [sent(late, number) for number in range(20)] == list(range(20))
+    assert [sent(later, number) for number in range(20)] == list(range(0, -20, -1))
+
+
 def test_modules_that_travel_by_value_are_left_to_cloudpickle(pickled: list[Any]) -> None:
     import cloudpickle
 
@@ -301,6 +420,28 @@ def test_modules_that_travel_by_value_are_left_to_cloudpickle(pickled: list[Any]
     finally:
         cloudpickle.unregister_pickle_by_value(module)
         del sys.modules[module.__name__]
+
+
+def test_a_module_that_is_to_travel_by_value_does_so_from_then_on() -> None:
+    import cloudpickle
+
+    module = types.ModuleType("another_module_of_this_test")
+    exec("level = 1\ndef read(): return level", module.__dict__)
+    sys.modules[module.__name__] = module
+    try:
+        function = define(script() | {"read": module.read}, "def f(): return read()")
+        assert [sent(function) for _ in range(3)] == [1] * 3
+        cloudpickle.register_pickle_by_value(module)
+        for level in range(4):
+            module.level = level  # type: ignore[attr-defined]
+            data, _, _ = payload.dump_job(function, (), {})
+            del sys.modules[module.__name__]  # a worker has no such module
+            loaded, _ = payload.loads(data)
+            sys.modules[module.__name__] = module
+            assert loaded() == level
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+        sys.modules.pop(module.__name__, None)
 
 
 def test_arguments_are_as_they_would_be_in_one_pickle() -> None:

@@ -31,7 +31,7 @@ def open_answer(message: Message, what: Any, lease: int, pool: str) -> tuple[boo
     except Exception as error:
         failure = SerializationError(
             f"the result of {payload.named(what)} could not be unpickled here: "
-            f"{type(error).__name__}: {error}"
+            f"{payload.worded(error)}"
         )
         failure.__cause__ = error
         return False, failure
@@ -53,8 +53,7 @@ def _failure(message: Message, name: str, lease: int, pool: str) -> BaseExceptio
     error = payload.load_failure(message.payload)
     if message.flags == messages.LOADING:
         wrapped = SerializationError(
-            f"{name} or its arguments could not be unpickled in the worker: "
-            f"{type(error).__name__}: {error}"
+            f"{name} or its arguments could not be unpickled in the worker: {payload.worded(error)}"
         )
         wrapped.__cause__ = error.__cause__
         return wrapped

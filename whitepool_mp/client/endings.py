@@ -19,12 +19,13 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
+from collections.abc import Callable
 
 from whitepool_mp.client.durations import BULK_SECONDS, CALL_SECONDS
 from whitepool_mp.client.engine_lease import LOST, EngineChannel, EngineLease
 from whitepool_mp.client.flights import Flights
 from whitepool_mp.client.member import worker_died
-from whitepool_mp.client.tasks import MAX_DEATHS, Task
+from whitepool_mp.client.tasks import MAX_DEATHS, Sink, Task
 from whitepool_mp.errors import CallTimeout, WhitepoolError
 from whitepool_mp.wire import messages
 
@@ -185,6 +186,33 @@ class Endings(Flights):
             tasks = self._withdraw(lease)
             self.destroy(lease, "its call was cancelled")
             self._requeue(tasks[1:])
+
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Nobody wants a task of one call any more, unless it has begun.
+
+        Args:
+            task: one that was sent to a worker, which may be taken back, ended or dead by now.
+            recanted: told that the task has not begun and never will; its sink is not.
+        """
+        lease: EngineLease | None = task.runner
+        if lease is not None and task in lease.tasks:
+            self._take_back(lease)
+            if lease.channel is not None:
+                self._engine.hear_all(lease.channel)  # if it died this one may be queued again
+        if task.runner is None and task.left and not task.cancelled:
+            self.cancel(task)
+            recanted()
+
+    def recant_all(self, sink: Sink) -> None:
+        """Nobody wants what a sink waits for any more: take back what has not begun, and drop it.
+
+        Args:
+            sink: it hears of no call that is dropped.
+        """
+        for lease in list(self._leases.values()):
+            if any(task.sink is sink for task in lease.tasks):
+                self._take_back(lease)
+        self._pending = deque(task for task in self._pending if task.sink is not sink)
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

@@ -36,7 +36,7 @@ from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineLease
 from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, dial, new_link
 from whitepool_mp.client.member import Member
-from whitepool_mp.client.tasks import Task
+from whitepool_mp.client.tasks import Sink, Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
 from whitepool_mp.wire import descriptors, frames, ledger
 
@@ -391,6 +391,16 @@ class Engine(Channels):
     def cancel(self, task: Task) -> None:
         """Nobody wants a task any more."""
         self.jobs.cancel(task)
+
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Nobody wants a task of one call any more, unless it has begun; `recanted` hears of it."""
+        if not self._closed:
+            self.jobs.recant(task, recanted)
+
+    def recant_all(self, sink: Sink) -> None:
+        """Nobody wants what a sink waits for any more, but for what has begun."""
+        if not self._closed:
+            self.jobs.recant_all(sink)
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

@@ -75,25 +75,43 @@ class JobFuture(Future[Any]):
         """Cancel the job, running or not.
 
         Args:
-            running: whether to do so if it is running.
+            running: whether to do so if it is running. If not, one that was sent to a worker and
+                has not begun is taken back, and cancelled a moment later.
 
         Returns:
             Whether the future is cancelled now; False if the job has ended.
         """
         with self._condition:
-            if self._state == "FINISHED" or (self._state == "RUNNING" and not running):
-                return False
             if self._state in ("CANCELLED", "CANCELLED_AND_NOTIFIED"):
                 return True
-            self._state = "CANCELLED"
-            self._condition.notify_all()
-            # Tells wait() and as_completed() as well.
-            self.set_running_or_notify_cancel()
-        task = self._let_go()
+            sent = self._state == "RUNNING" and not running
+            if self._state == "FINISHED":
+                return False
+            task = self._task if sent else self._end_cancelled()
+        if sent:
+            if task is not None:
+                self._threaded.recant(task, self._recanted)
+            return False
         if task is not None:
             self._threaded.cancel(task)
         self._invoke_callbacks()
         return True
+
+    def _end_cancelled(self) -> Task | None:
+        """It is cancelled, and whoever waits is told; its task. (With the condition held.)"""
+        self._state = "CANCELLED"
+        self._condition.notify_all()
+        # Tells wait() and as_completed() as well.
+        self.set_running_or_notify_cancel()
+        return self._let_go()
+
+    def _recanted(self) -> None:
+        """The engine has taken the job back, which had not begun."""
+        with self._condition:
+            if self._state != "RUNNING":
+                return  # cancelled meanwhile in the other way
+            self._end_cancelled()
+        self._invoke_callbacks()
 
     # Sink
 

@@ -6,13 +6,13 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from whitepool_mp.client.engine import Engine
 from whitepool_mp.client.future import JobFuture
 from whitepool_mp.client.joining import LinkBroken
 from whitepool_mp.client.member import Member
-from whitepool_mp.client.tasks import Task
+from whitepool_mp.client.tasks import Sink, Task
 from whitepool_mp.errors import PoolClosed
 
 
@@ -78,6 +78,14 @@ class Threaded:
     def cancel(self, task: Task) -> None:
         """Give a task up."""
         self.engine.post(self.engine.cancel, task)
+
+    def recant(self, task: Task, recanted: Callable[[], None]) -> None:
+        """Give a task of one call up if it has not begun, and say so then."""
+        self.engine.post(self.engine.recant, task, recanted)
+
+    def recant_all(self, sink: Sink) -> None:
+        """Give up what a sink waits for, but for what has begun."""
+        self.engine.post(self.engine.recant_all, sink)
 
     def inside(self) -> bool:
         """Whether the calling code runs in the engine's thread (a future's callback)."""

@@ -46,6 +46,17 @@ def dumps(value: Any) -> Dumped:
         value = _beside(value)
         if type(value) is not pickle.PickleBuffer:
             return pickle.dumps(value, 5), []
+    found = _by_name(value)
+    if found is not None:
+        return found
+    from whitepool_mp.wire import by_value
+
+    buffers: list[pickle.PickleBuffer] = []
+    return by_value.dumps(value, _sorter(buffers)), buffers
+
+
+def _by_name(value: Any) -> Dumped | None:
+    """A value's plain pickle; None if there is something in it that has to travel by value."""
     buffers: list[pickle.PickleBuffer] = []
     try:
         data = pickle.dumps(value, 5, buffer_callback=buffers.append)
@@ -56,10 +67,7 @@ def dumps(value: Any) -> Dumped:
             return pickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
     except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
         pass
-    from whitepool_mp.wire import by_value
-
-    buffers.clear()
-    return by_value.dumps(value, _sorter(buffers)), buffers
+    return None
 
 
 def _beside(value: Any) -> Any:
@@ -116,13 +124,14 @@ loads = pickle.loads
 
 def qualified_name(function: Any) -> str:
     """The name by which a reader knows a function: `module.qualname`, or its repr."""
-    while hasattr(function, "func") and hasattr(function, "keywords"):  # functools.partial
+    # A functools.partial. (By its class: an object may have any attribute that it is asked for.)
+    while hasattr(type(function), "func") and hasattr(type(function), "keywords"):
         function = function.func
     name = getattr(function, "__qualname__", None)
-    if name is None:
+    if not isinstance(name, str):
         return shorten(function)
     module = getattr(function, "__module__", None)
-    return f"{module}.{name}" if module not in (None, "builtins", "__main__") else str(name)
+    return f"{module}.{name}" if module not in (None, "builtins", "__main__") else name
 
 
 def named(what: Any) -> str:
@@ -131,12 +140,29 @@ def named(what: Any) -> str:
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """A repr fit for an error message; never raises."""
+    """A repr fit for an error message; never raises (but for a KeyboardInterrupt, as below)."""
     try:
         text = repr(value)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an exit, too, of whatever is just shown
         text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says; never raises."""
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failing:  # as above
+        return f"<its str() raised {type(failing).__name__}>"
+
+
+def worded(error: BaseException) -> str:
+    """An exception's type and what it says; never raises."""
+    return f"{type(error).__name__}: {message_of(error)}"
 
 
 def dump_call(
@@ -212,9 +238,15 @@ def dump_job(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     if type(function) in _FUNCTIONS:
-        known = _by_reference.get(function) or _reference(function) or _steady(function)
+        known = _by_reference.get(function) or _reference(function)
+        dumped: Dumped | None = None
         if known is not None:
-            data, buffers = dump_arguments(function, args, kwargs)
+            dumped = dump_arguments(function, args, kwargs)
+        elif (known := _steady(function)) is not None:
+            # Two that travel by value may refer to the same thing, or to each other: one pickle.
+            dumped = _by_name(_arguments(args, kwargs))
+        if known is not None and dumped is not None:
+            data, buffers = dumped
             # The one pickle's end and the other's beginning fall away.
             return b"".join((known[0], memoryview(data)[2:-1], _PAIR)), buffers, known[1]
     data, buffers = dump_call(function, args, kwargs)
@@ -256,7 +288,7 @@ def dump_method(target: int, name: str, args: tuple[Any, ...], kwargs: dict[str,
     except Exception as error:
         raise SerializationError(
             f"the arguments of method {name!r}, {shorten(args)} {shorten(kwargs)}, cannot be "
-            f"pickled: {type(error).__name__}: {error}"
+            f"pickled: {worded(error)}"
         ) from error
 
 
@@ -271,7 +303,7 @@ def dump_function(function: Callable[..., Any], what: str = "function") -> bytes
     except Exception as error:
         raise SerializationError(
             f"the {what} {qualified_name(function)} cannot be pickled: "
-            f"{type(error).__name__}: {error}. What it refers to (a closure's variables, globals "
+            f"{worded(error)}. What it refers to (a closure's variables, globals "
             "of a script) travels with it: build such things inside the worker instead"
         ) from error
 
@@ -291,12 +323,8 @@ def _culprit(
             dumps_inside(value)
         except Exception as reason:
             shown = "" if value is function else f" ({shorten(value)})"
-            return SerializationError(
-                f"{what}{shown} cannot be pickled: {type(reason).__name__}: {reason}"
-            )
-    return SerializationError(
-        f"the call of {name} cannot be pickled: {type(error).__name__}: {error}"
-    )
+            return SerializationError(f"{what}{shown} cannot be pickled: {worded(reason)}")
+    return SerializationError(f"the call of {name} cannot be pickled: {worded(error)}")
 
 
 # --- exceptions -------------------------------------------------------------------------------
@@ -309,10 +337,9 @@ def dump_failure(error: BaseException, traceback_text: str) -> bytes:
         module = type(error).__module__
         if module not in ("builtins", "__main__"):
             name = f"{module}.{name}"
-        message = str(error)
-    except Exception as failing:
-        name, message = type(error).__name__, f"<its str() raised {type(failing).__name__}>"
-    outer = pickle.dumps((name, message, traceback_text), 5)
+    except Exception:
+        name = type(error).__name__
+    outer = pickle.dumps((name, message_of(error), traceback_text), 5)
     inner = _dump_exception(error) or _dump_exception(_Parts(error)) or b""
     return _FAILURE.pack(len(outer), len(inner)) + outer + inner
 
@@ -367,7 +394,7 @@ def load_failure(data: bytes | memoryview) -> BaseException:
                 return error
             problem = f"it unpickles as a {type(error).__name__}"
         except Exception as failing:
-            problem = f"unpickling it here raised {type(failing).__name__}: {failing}"
+            problem = f"unpickling it here raised {worded(failing)}"
     wrapped = RemoteError(
         f"{name}: {message} (the exception itself did not travel: {problem})",
         type_name=name,
@@ -402,4 +429,5 @@ __all__ = [
     "named",
     "qualified_name",
     "shorten",
+    "worded",
 ]

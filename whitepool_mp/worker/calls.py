@@ -300,7 +300,7 @@ class Calls(Answers):
             error = SerializationError(
                 f"the result of {payload.qualified_name(function)}, "
                 f"{payload.shorten(value)} (a {type(value).__qualname__}), cannot be pickled: "
-                f"{type(error).__name__}: {error}"
+                f"{payload.worded(error)}"
             )
         data = payload.dump_failure(error, text)
         took = _clock() - started
@@ -334,5 +334,7 @@ def told(error: BaseException, trace: TracebackType | None) -> str:
         import traceback
 
         return "".join(traceback.format_exception(type(error), error, trace))
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # what the exception says may be code that exits
         return f"{payload.shorten(error, 1000)}\n"
