@@ -719,16 +719,18 @@ def test_a_large_job_that_is_being_sent_to_a_worker_that_is_taken_back_goes_else
     """It does not wait until whoever has the worker then is done."""
     large = bytes(16 << 20)
     with Pool(2, start_method=start_method) as session:
+
+        def send(timeout: float | None) -> int:
+            if way == "run":
+                return session.run(len, large, timeout=timeout)
+            return session.submit(len, large, timeout=timeout).result(T)
+
         whole(session)
         for timeout in (None, T):
             first = session.checkout(T)
             pid = job(session, way)
             stop(pid)
-            with (
-                thread(lambda: session.submit(len, large, timeout=timeout).result(T))
-                if (way == "submit")
-                else thread(lambda: session.run(len, large, timeout=timeout)) as it
-            ):
+            with thread(send, timeout) as it:
                 if way == "run":
                     until(lambda: not session._member.kept)
                 with session.checkout(T) as lease:
