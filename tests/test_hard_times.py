@@ -276,7 +276,7 @@ def other_user():
     """A command that runs one as a user without other processes, and a folder of that user's."""
     if os.getuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("takes root and setpriv, to become a user who has no other processes")
-    uid = 54_321
+    uid = 50_000 + os.getpid() % 10_000  # nor has another one that runs these tests
     folder = tempfile.mkdtemp()
     os.chown(folder, uid, uid)
     capabilities = "+dac_override,+dac_read_search"  # the interpreter may lie in a folder of root's

@@ -293,6 +293,7 @@ TUPLED_TWICE = TUPLED.replace("(own, other)", "((own,), other)")
 
 def test_nothing_is_kept_alive() -> None:
     names = script()
+    gc.collect()
     before = len(steady._known)
     watched = []
     for code in [*STEADY, TUPLED, TUPLED_TWICE]:

@@ -159,7 +159,7 @@ class Engine(Channels):
                     if channel.push():
                         self._epoll.modify(fd, select.EPOLLIN)
                     self.jobs.sent(channel)
-                if events & ~select.EPOLLOUT:
+                if events & ~select.EPOLLOUT and channel.sock.fileno() >= 0:
                     self._hear_worker(channel)
         now = time.monotonic()
         while (when := self.next_deadline()) is not None and when <= now:

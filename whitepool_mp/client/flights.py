@@ -235,9 +235,9 @@ class Flights:
     def sent(self, channel: EngineChannel) -> bool:
         """Something was sent: find out whether the lease had been taken back by then."""
         lease = channel.lease
-        if lease is None or not channel.page.is_recalled(lease.id):
+        if lease is None or lease.channel is not channel:
             return False
-        return self._is_refused(lease)
+        return channel.page.is_recalled(lease.id) and self._is_refused(lease)
 
     def _is_refused(self, lease: EngineLease) -> bool:
         """Whether the first call in flight will never begin, since the lease was taken back.
