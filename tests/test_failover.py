@@ -6,6 +6,8 @@ Also with it the nursery, workers, clients; and the owner, which ends everything
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import signal
 import threading
@@ -51,8 +53,10 @@ def succeeded(session: Session, dead: psutil.Process) -> psutil.Process:
 
     def another() -> psutil.Process | None:
         """another manager"""
-        process = manager(session)
-        return process if process != dead else None
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is about to be replaced
+            process = manager(session)
+            return process if process != dead else None
+        return None
 
     found = until(another)
     assert isinstance(found, psutil.Process)
@@ -210,6 +214,64 @@ def test_an_event_loop_goes_on(start_method: str, tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert noted(path) == dict.fromkeys(range(51), 1)
+
+
+@pytest.mark.parametrize("when", ["before", "unheard", "unheard, no call", "busy"])
+def test_an_event_loop_that_ends_around_a_takeover_leaves_no_lease(
+    session: Session, when: str
+) -> None:
+    """It does not come to join the next manager, and its process lives on."""
+    before = pids(session)
+
+    async def main() -> None:
+        aio = session.aio()
+        lease = await aio.checkout(SOON)
+        if when != "unheard, no call":
+            await lease.call(abs, 1)
+        process = manager(session)
+        if when.startswith("unheard"):
+            process.suspend()
+            await aio.checkin(lease)
+            threading.Timer(0.2, kill, (process,)).start()  # the loop has ended by then
+            return
+        if when == "busy":
+            task = asyncio.ensure_future(lease.call(time.sleep, 1000))
+            await asyncio.sleep(0)
+            assert not task.done()
+        kill(process)
+        succeeded(session, process)
+        assert session.status().leased == 1  # the next one serves: it has looked at the marks
+        if when == "before":
+            await aio.checkin(lease)
+
+    process = manager(session)
+    asyncio.run(main())
+    succeeded(session, process)
+    whole(session)
+    if when in ("before", "unheard"):
+        assert pids(session) == before
+
+
+def test_an_event_loop_that_is_left_behind_around_a_takeover_leaves_no_lease(
+    session: Session,
+) -> None:
+    """Nobody tells it that it ends: its engine is collected."""
+
+    def leave_one() -> None:
+        loop = asyncio.new_event_loop()
+        aio = session.aio()
+        running = loop.create_task(aio.run(time.sleep, 1000))
+        until(lambda: loop.run_until_complete(aio.status()).leased)
+        process = manager(session)
+        kill(process)
+        succeeded(session, process)
+        assert session.status().leased == 1
+        loop.close()
+        running._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    leave_one()
+    gc.collect()
+    whole(session)
 
 
 def test_a_kept_worker_is_had_back_by_the_next_manager(start_method: str) -> None:

@@ -50,6 +50,7 @@ class PastClient(Record):
     pid: int
     started: int
     waiting: bool
+    over: bool
 
 
 class Past(Record):
@@ -169,6 +170,11 @@ class Books:
         """Whether a client may have jobs: its mark says so, or it has none."""
         at = self._clients.get(client.id)
         return client.engine if at is None else bool(self._words[Ledger.mark(at)])
+
+    def is_over(self, client: Client) -> bool:
+        """Whether a client has said in its mark that its connection is over."""
+        at = self._clients.get(client.id)
+        return at is not None and self._words[Ledger.mark(at)] == client.link
 
     def left(self, client: Client) -> None:
         """A client's connection ended."""
@@ -326,6 +332,7 @@ class Books:
             words[at + ledgers.CLIENT_PID],
             words[at + ledgers.CLIENT_STARTED],
             bool(words[at + ledgers.WAITING]),
+            words[Ledger.mark(at)] == words[at + ledgers.LINK],
         )
 
 
