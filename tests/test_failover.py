@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -20,7 +21,7 @@ import deeds
 import psutil
 import pytest
 from anatomy import elapsed, gone, kill, lives, manager, no_successor, nursery, workers
-from support import until, whole
+from support import pipe_writer, until, whole
 from user_script import all_gone, script
 
 from whitepool_mp import (
@@ -113,6 +114,59 @@ def test_a_lease_that_was_given_back_unheard_is_given_back(session: Session) -> 
             assert session.status().leased == 2
         whole(session)
         assert (pids(session) == before) is (end == "checkin")
+
+
+def test_a_worker_that_is_stopped_goes_on_under_another_manager(
+    session: Session, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """The kernel hangs up on stopped processes that nobody of their session is left to continue."""
+    with session.checkout(SOON) as lease, pipe_writer(tmp_path / "pipe") as connect:
+        running = threads.submit(lease.call, deeds.read_pipe, tmp_path / "pipe")
+        fd = connect()
+        worker, helper = psutil.Process(lease.pid), nursery(session)
+        worker.suspend()
+        helper.suspend()
+        dead = manager(session)
+        kill(dead)
+        succeeded(session, dead)
+        assert session.status().leased == 1
+        assert worker.status() == psutil.STATUS_STOPPED
+        worker.resume()
+        os.write(fd, b"went on")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, fd)  # the end of what it reads
+        os.close(null)
+        assert running.result(SOON) == "went on"
+    whole(session)
+
+
+def test_no_worker_has_the_owners_terminal(start_method: str) -> None:
+    """Not even one that opens it; and a call's own group is none of the shell's."""
+    code = """
+        import termios, fcntl
+        def terminal(path):
+            own = os.open(path, os.O_RDWR)  # it is the owner's, whoever opens it
+            try:
+                os.close(os.open("/dev/tty", os.O_RDWR))
+            except OSError as error:
+                return os.strerror(error.errno)
+        path = sys.stdin.readline().strip()
+        fd = os.open(path, os.O_RDWR)
+        fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
+        with pool(1) as session:
+            tell(session.run(terminal, path))
+            tell(os.path.exists("/dev/tty") and os.close(os.open("/dev/tty", os.O_RDWR)))
+    """
+    leader, follower = os.openpty()
+    try:
+        with script(code, start_method) as owner:
+            owner.say(os.ttyname(follower).encode())
+            assert owner.hear() == os.strerror(errno.ENXIO)
+            assert owner.hear() is None
+            owner.finish()
+    finally:
+        os.close(leader)
+        os.close(follower)
 
 
 def test_those_who_wait_are_served_in_their_order(
@@ -401,6 +455,72 @@ def test_workers_that_are_starting_are_started_once(start_method: str, tmp_path:
             assert lease.call(str, timeout=SOON) == "resource"
         whole(session)
         assert len(noted(path)) == 3
+
+
+@pytest.mark.parametrize("moment", ["ordered", "begun"])
+def test_workers_that_the_nursery_has_not_come_to_are_started_once(
+    start_method: str, tmp_path: Path, moment: str
+) -> None:
+    path, gate, count = tmp_path / "starts", tmp_path / "gate", 16
+    os.mkfifo(gate)
+
+    def slow() -> str:
+        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
+            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
+        return "resource"
+
+    with Pool(1, factory=slow, start_method=start_method) as session:
+        whole(session)
+        forker, first = nursery(session), manager(session)
+        forker.suspend()
+        session.resize(count)
+        if moment == "begun":  # and nobody has heard of it
+            first.suspend()
+            forker.resume()
+            until(lambda: len(noted(path)) > 1)
+            forker.suspend()
+        kill(first)
+        until(lambda: session.status().counters["managers_lost"] == 1)
+        # Have it look for what may be left of dead workers.
+        succeeded(session, first).send_signal(signal.SIGALRM)
+        for _ in range(2):
+            assert session.status().booting == count - 1
+        forker.resume()
+        until(lambda: len(noted(path)) == count, SOON)
+        with open(gate, "wb"):
+            whole(session, SOON)
+        counters = session.status().counters
+        assert (counters["start_failures"], counters["killed"]) == (0, 0)
+        assert sorted(row.pid or 0 for row in session.workers()) == sorted(noted(path))
+
+
+def test_what_was_left_behind_is_swept_once_all_births_are_known(
+    start_method: str, tmp_path: Path
+) -> None:
+    path, gate, daemons = tmp_path / "starts", tmp_path / "gate", tmp_path / "daemon"
+    os.mkfifo(gate)
+
+    def slow() -> str:
+        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
+            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
+        return "resource"
+
+    with Pool(1, factory=slow, start_method=start_method) as session:
+        whole(session)
+        forker, first = nursery(session), manager(session)
+        forker.suspend()
+        session.resize(2)
+        kill(first)
+        with pytest.raises(WorkerDied):
+            session.run(deeds.leave_daemon, str(daemons), timeout=SOON)
+        (daemon,) = deeds.noted(daemons)
+        succeeded(session, first).send_signal(signal.SIGALRM)
+        session.status()
+        assert lives(daemon)  # it might be a worker, for all that can be seen of it
+        forker.resume()
+        with open(gate, "wb"):
+            until(lambda: not lives(daemon))
+            whole(session, SOON)
 
 
 def test_the_manager_killed_before_it_serves_is_replaced(start_method: str) -> None:
