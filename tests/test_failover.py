@@ -10,12 +10,14 @@ import contextlib
 import errno
 import gc
 import os
+import select
 import signal
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import deeds
 import psutil
@@ -34,8 +36,9 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.client.link import Link
+from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire import ledger as ledgers
-from whitepool_mp.wire import pages
 
 SOON = 20.0
 
@@ -167,6 +170,61 @@ def test_no_worker_has_the_owners_terminal(start_method: str) -> None:
     finally:
         os.close(leader)
         os.close(follower)
+
+
+@pytest.mark.parametrize("end", ["checkin", "destroy"])
+def test_a_lease_without_a_call_that_ended_unheard_is_over(
+    session: Session, threads: ThreadPoolExecutor, end: str
+) -> None:
+    """There is no page to note it on, and its thread does not come to talk to the next manager."""
+    before, go, leases = pids(session), threading.Event(), []
+
+    def hold() -> None:
+        leases.append(session.checkout(SOON))
+        go.wait(SOON)
+        getattr(leases[0], end)()
+
+    ending = threads.submit(hold)
+    until(lambda: leases)
+    process = manager(session)
+    process.suspend()
+    go.set()
+    until(lambda: not leases[0].valid)
+    kill(process)
+    ending.result(SOON)
+    whole(session)
+    assert (pids(session) == before) is (end == "checkin")
+
+
+def test_a_grant_that_crosses_the_end_of_a_checkout_is_given_back_by_way_of_the_next_manager(
+    session: Session, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the thread that would not wait any longer does not come to talk to the pool again."""
+    checkout, send = frames.checkout, Link._send
+
+    def patient(number: int, block: bool, deadline: float | None, *args: Any, **more: Any) -> bytes:
+        return checkout(number, block, None, *args, **more)  # the manager grants just in time
+
+    def cross(link: Link, data: bytes, deadline: float | None) -> None:
+        if data == frames.request(frames.CANCEL, link._number):
+            monkeypatch.undo()
+            held.checkin()
+            assert select.select([link._sock], [], [], SOON)[0]  # the grant is there
+            process.suspend()
+            send(link, data, deadline)
+            kill(process)
+        else:
+            send(link, data, deadline)
+
+    process = manager(session)
+    with session.checkout(SOON):
+        held = session.checkout(SOON)
+        held.call(abs, 1)
+        monkeypatch.setattr(frames, "checkout", patient)
+        monkeypatch.setattr(Link, "_send", cross)
+        with pytest.raises(CheckoutTimeout):
+            threads.submit(session.checkout, 0.2).result(SOON)
+    whole(session)
 
 
 def test_those_who_wait_are_served_in_their_order(
