@@ -146,16 +146,19 @@ class Books:
         """A client proved itself; its place in the ledger, None if that is full."""
         words = self._words
         at = self._clients.get(client.id)
-        if at is None:
-            if self._free_clients:
-                at = self._free_clients.pop()
-            elif self._most_clients < ledgers.CLIENTS:
-                at = Ledger.client(self._most_clients)
-                self._most_clients += 1
-            else:
-                return None
-            self._clients[client.id] = at
-            words[Ledger.mark(at)] = client.engine  # until it says otherwise
+        if at is not None:
+            # It is back, and all of that is written already. Who was killed in the middle of doing
+            # so again would leave nothing of it, or that it waits for nothing.
+            return Ledger.place(at)
+        if self._free_clients:
+            at = self._free_clients.pop()
+        elif self._most_clients < ledgers.CLIENTS:
+            at = Ledger.client(self._most_clients)
+            self._most_clients += 1
+        else:
+            return None
+        self._clients[client.id] = at
+        words[Ledger.mark(at)] = client.engine  # until it says otherwise
         words[at + ledgers.NUMBER] = 0
         words[at + ledgers.LINK] = client.link
         words[at + ledgers.MEMBER] = int.from_bytes(client.member[:8], "little")

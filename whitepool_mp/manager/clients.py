@@ -141,9 +141,7 @@ class Door:
             last: the highest number that any had.
         """
         self._numbers = last
-        nowhere, other = descriptors.pair()
-        nowhere.close()
-        other.close()
+        nowhere: Any = _Nowhere()
         for past in clients:
             client = Client(past.number, nowhere, self._clock())
             client.link, client.member, client.pid = past.link, past.member, past.pid
@@ -438,6 +436,18 @@ class Door:
         self.send(client, welcome, (self._books.ledger_fd,) if marked else ())
         if client.sock.fileno() >= 0:
             self._audience.client_joined(client, number)
+
+
+class _Nowhere:
+    """The socket of a client that is not back yet. It takes no descriptor: there may be none."""
+
+    __slots__ = ()
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        return
 
 
 class _Copy:

@@ -451,6 +451,8 @@ class Manager:
 
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
+        if self._reunion is None:
+            self._books.waiting(client)
         if not client.engine:  # an engine is asked
             self._muster.came(client)
 
@@ -468,6 +470,8 @@ class Manager:
         for client, body in reunion.taken_up():
             if self._door.clients.get(client.id) is client:
                 self._handlers[body[0]](client, body)
+        for client in reunion.back:
+            self._books.waiting(client)
         if reunion.draining:
             self._drain()
 

@@ -313,18 +313,30 @@ class Crew(Births):
             control_fd, page_fd, stderr, stacks: this process's copies; owned from here on.
 
         Raises:
-            OSError: no descriptor or no memory is left.
+            OSError: no descriptor or no memory is left; all of that is closed.
         """
-        control = Socket(fileno=control_fd)
-        control.setblocking(False)
         worker, slot = process.worker, process.slot
-        hand = Hand(worker, slot, control, page_fd, process.born, stderr, stacks)
-        hand.inherited = True
-        hand.channels = hand.page.words[pages.CHANNELS]
-        self._hands[hand.worker] = self._unborn[hand.worker] = hand
-        pid = process.pid or hand.page.words[pages.PID]
-        if pid:
-            self._identify(hand, pid, process.started or kin.started(pid) or 0)
+        with contextlib.ExitStack() as undo:
+            for fd in (stderr, stacks):
+                if fd is not None:
+                    undo.callback(os.close, fd)
+            control = undo.enter_context(Socket(fileno=control_fd))
+            control.setblocking(False)
+            try:
+                hand = Hand(worker, slot, control, page_fd, process.born, stderr, stacks)
+            except OSError:
+                os.close(page_fd)
+                raise
+            undo.callback(hand.close)
+            hand.inherited = True
+            hand.channels = hand.page.words[pages.CHANNELS]
+            pid = process.pid or hand.page.words[pages.PID]
+            self._hands[worker] = self._unborn[worker] = hand
+            undo.callback(self._unborn.pop, worker, None)
+            undo.callback(self._hands.pop, worker, None)
+            if pid:
+                self._identify(hand, pid, process.started or kin.started(pid) or 0)
+            undo.pop_all()
 
     def give_up(self, process: Process) -> None:
         """Kill a worker that another manager started and that cannot be taken over."""
@@ -403,9 +415,12 @@ class Crew(Births):
             living |= {hand.pid for hand in self._hands.values() if hand.pid is not None}
             if self._nursery_pid is not None:
                 living.add(self._nursery_pid)
-            from whitepool_mp.wire import marked
+            try:
+                from whitepool_mp.wire import marked
 
-            marked.kill(self._boot.pool_id, living)
+                marked.kill(self._boot.pool_id, living)
+            except (OSError, ImportError):  # no descriptor to look with, or to import it
+                self._marked_due = True
 
     # --- the workers' own words -----------------------------------------------------------
 
