@@ -264,7 +264,8 @@ class _Nursery:
 
     def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
         poller = select.poll()
-        poller.register(fds[0], 0)
+        for fd in fds[:1]:  # its control socket; none if there was no descriptor for it here
+            poller.register(fd, 0)
         if poller.poll(0):  # hung up: its manager died, and the next one did not take it over
             for fd in fds:
                 os.close(fd)
