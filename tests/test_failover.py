@@ -6,19 +6,24 @@ Also with it the nursery, workers, clients; and the owner, which ends everything
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import gc
 import os
+import select
 import signal
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import deeds
 import psutil
 import pytest
 from anatomy import elapsed, gone, kill, lives, manager, no_successor, nursery, workers
-from support import until, whole
+from support import pipe_writer, until, whole
 from user_script import all_gone, script
 
 from whitepool_mp import (
@@ -31,8 +36,9 @@ from whitepool_mp import (
     Session,
     WorkerDied,
 )
+from whitepool_mp.client.link import Link
+from whitepool_mp.wire import frames, pages
 from whitepool_mp.wire import ledger as ledgers
-from whitepool_mp.wire import pages
 
 SOON = 20.0
 
@@ -51,8 +57,10 @@ def succeeded(session: Session, dead: psutil.Process) -> psutil.Process:
 
     def another() -> psutil.Process | None:
         """another manager"""
-        process = manager(session)
-        return process if process != dead else None
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is about to be replaced
+            process = manager(session)
+            return process if process != dead else None
+        return None
 
     found = until(another)
     assert isinstance(found, psutil.Process)
@@ -109,6 +117,114 @@ def test_a_lease_that_was_given_back_unheard_is_given_back(session: Session) -> 
             assert session.status().leased == 2
         whole(session)
         assert (pids(session) == before) is (end == "checkin")
+
+
+def test_a_worker_that_is_stopped_goes_on_under_another_manager(
+    session: Session, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """The kernel hangs up on stopped processes that nobody of their session is left to continue."""
+    with session.checkout(SOON) as lease, pipe_writer(tmp_path / "pipe") as connect:
+        running = threads.submit(lease.call, deeds.read_pipe, tmp_path / "pipe")
+        fd = connect()
+        worker, helper = psutil.Process(lease.pid), nursery(session)
+        worker.suspend()
+        helper.suspend()
+        dead = manager(session)
+        kill(dead)
+        succeeded(session, dead)
+        assert session.status().leased == 1
+        assert worker.status() == psutil.STATUS_STOPPED
+        worker.resume()
+        os.write(fd, b"went on")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, fd)  # the end of what it reads
+        os.close(null)
+        assert running.result(SOON) == "went on"
+    whole(session)
+
+
+def test_no_worker_has_the_owners_terminal(start_method: str) -> None:
+    """Not even one that opens it; and a call's own group is none of the shell's."""
+    code = """
+        import termios, fcntl
+        def terminal(path):
+            own = os.open(path, os.O_RDWR)  # it is the owner's, whoever opens it
+            try:
+                os.close(os.open("/dev/tty", os.O_RDWR))
+            except OSError as error:
+                return os.strerror(error.errno)
+        path = sys.stdin.readline().strip()
+        fd = os.open(path, os.O_RDWR)
+        fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
+        with pool(1) as session:
+            tell(session.run(terminal, path))
+            tell(os.path.exists("/dev/tty") and os.close(os.open("/dev/tty", os.O_RDWR)))
+    """
+    leader, follower = os.openpty()
+    try:
+        with script(code, start_method) as owner:
+            owner.say(os.ttyname(follower).encode())
+            assert owner.hear() == os.strerror(errno.ENXIO)
+            assert owner.hear() is None
+            owner.finish()
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+@pytest.mark.parametrize("end", ["checkin", "destroy"])
+def test_a_lease_without_a_call_that_ended_unheard_is_over(
+    session: Session, threads: ThreadPoolExecutor, end: str
+) -> None:
+    """There is no page to note it on, and its thread does not come to talk to the next manager."""
+    before, go, leases = pids(session), threading.Event(), []
+
+    def hold() -> None:
+        leases.append(session.checkout(SOON))
+        go.wait(SOON)
+        getattr(leases[0], end)()
+
+    ending = threads.submit(hold)
+    until(lambda: leases)
+    process = manager(session)
+    process.suspend()
+    go.set()
+    until(lambda: not leases[0].valid)
+    kill(process)
+    ending.result(SOON)
+    whole(session)
+    assert (pids(session) == before) is (end == "checkin")
+
+
+def test_a_grant_that_crosses_the_end_of_a_checkout_is_given_back_by_way_of_the_next_manager(
+    session: Session, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the thread that would not wait any longer does not come to talk to the pool again."""
+    checkout, send = frames.checkout, Link._send
+
+    def patient(number: int, block: bool, deadline: float | None, *args: Any, **more: Any) -> bytes:
+        return checkout(number, block, None, *args, **more)  # the manager grants just in time
+
+    def cross(link: Link, data: bytes, deadline: float | None) -> None:
+        if data == frames.request(frames.CANCEL, link._number):
+            monkeypatch.undo()
+            held.checkin()
+            assert select.select([link._sock], [], [], SOON)[0]  # the grant is there
+            process.suspend()
+            send(link, data, deadline)
+            kill(process)
+        else:
+            send(link, data, deadline)
+
+    process = manager(session)
+    with session.checkout(SOON):
+        held = session.checkout(SOON)
+        held.call(abs, 1)
+        monkeypatch.setattr(frames, "checkout", patient)
+        monkeypatch.setattr(Link, "_send", cross)
+        with pytest.raises(CheckoutTimeout):
+            threads.submit(session.checkout, 0.2).result(SOON)
+    whole(session)
 
 
 def test_those_who_wait_are_served_in_their_order(
@@ -210,6 +326,64 @@ def test_an_event_loop_goes_on(start_method: str, tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert noted(path) == dict.fromkeys(range(51), 1)
+
+
+@pytest.mark.parametrize("when", ["before", "unheard", "unheard, no call", "busy"])
+def test_an_event_loop_that_ends_around_a_takeover_leaves_no_lease(
+    session: Session, when: str
+) -> None:
+    """It does not come to join the next manager, and its process lives on."""
+    before = pids(session)
+
+    async def main() -> None:
+        aio = session.aio()
+        lease = await aio.checkout(SOON)
+        if when != "unheard, no call":
+            await lease.call(abs, 1)
+        process = manager(session)
+        if when.startswith("unheard"):
+            process.suspend()
+            await aio.checkin(lease)
+            threading.Timer(0.2, kill, (process,)).start()  # the loop has ended by then
+            return
+        if when == "busy":
+            task = asyncio.ensure_future(lease.call(time.sleep, 1000))
+            await asyncio.sleep(0)
+            assert not task.done()
+        kill(process)
+        succeeded(session, process)
+        assert session.status().leased == 1  # the next one serves: it has looked at the marks
+        if when == "before":
+            await aio.checkin(lease)
+
+    process = manager(session)
+    asyncio.run(main())
+    succeeded(session, process)
+    whole(session)
+    if when in ("before", "unheard"):
+        assert pids(session) == before
+
+
+def test_an_event_loop_that_is_left_behind_around_a_takeover_leaves_no_lease(
+    session: Session,
+) -> None:
+    """Nobody tells it that it ends: its engine is collected."""
+
+    def leave_one() -> None:
+        loop = asyncio.new_event_loop()
+        aio = session.aio()
+        running = loop.create_task(aio.run(time.sleep, 1000))
+        until(lambda: loop.run_until_complete(aio.status()).leased)
+        process = manager(session)
+        kill(process)
+        succeeded(session, process)
+        assert session.status().leased == 1
+        loop.close()
+        running._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    leave_one()
+    gc.collect()
+    whole(session)
 
 
 def test_a_kept_worker_is_had_back_by_the_next_manager(start_method: str) -> None:
@@ -339,6 +513,72 @@ def test_workers_that_are_starting_are_started_once(start_method: str, tmp_path:
             assert lease.call(str, timeout=SOON) == "resource"
         whole(session)
         assert len(noted(path)) == 3
+
+
+@pytest.mark.parametrize("moment", ["ordered", "begun"])
+def test_workers_that_the_nursery_has_not_come_to_are_started_once(
+    start_method: str, tmp_path: Path, moment: str
+) -> None:
+    path, gate, count = tmp_path / "starts", tmp_path / "gate", 16
+    os.mkfifo(gate)
+
+    def slow() -> str:
+        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
+            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
+        return "resource"
+
+    with Pool(1, factory=slow, start_method=start_method) as session:
+        whole(session)
+        forker, first = nursery(session), manager(session)
+        forker.suspend()
+        session.resize(count)
+        if moment == "begun":  # and nobody has heard of it
+            first.suspend()
+            forker.resume()
+            until(lambda: len(noted(path)) > 1)
+            forker.suspend()
+        kill(first)
+        until(lambda: session.status().counters["managers_lost"] == 1)
+        # Have it look for what may be left of dead workers.
+        succeeded(session, first).send_signal(signal.SIGALRM)
+        for _ in range(2):
+            assert session.status().booting == count - 1
+        forker.resume()
+        until(lambda: len(noted(path)) == count, SOON)
+        with open(gate, "wb"):
+            whole(session, SOON)
+        counters = session.status().counters
+        assert (counters["start_failures"], counters["killed"]) == (0, 0)
+        assert sorted(row.pid or 0 for row in session.workers()) == sorted(noted(path))
+
+
+def test_what_was_left_behind_is_swept_once_all_births_are_known(
+    start_method: str, tmp_path: Path
+) -> None:
+    path, gate, daemons = tmp_path / "starts", tmp_path / "gate", tmp_path / "daemon"
+    os.mkfifo(gate)
+
+    def slow() -> str:
+        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
+            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
+        return "resource"
+
+    with Pool(1, factory=slow, start_method=start_method) as session:
+        whole(session)
+        forker, first = nursery(session), manager(session)
+        forker.suspend()
+        session.resize(2)
+        kill(first)
+        with pytest.raises(WorkerDied):
+            session.run(deeds.leave_daemon, str(daemons), timeout=SOON)
+        (daemon,) = deeds.noted(daemons)
+        succeeded(session, first).send_signal(signal.SIGALRM)
+        session.status()
+        assert lives(daemon)  # it might be a worker, for all that can be seen of it
+        forker.resume()
+        with open(gate, "wb"):
+            until(lambda: not lives(daemon))
+            whole(session, SOON)
 
 
 def test_the_manager_killed_before_it_serves_is_replaced(start_method: str) -> None:

@@ -63,6 +63,30 @@ def test_a_manager_out_of_descriptors_survives_the_death_of_a_worker(start_metho
         assert session.run(abs, -1, timeout=SOON) == 1
 
 
+def test_a_takeover_that_is_short_of_descriptors_saves_what_it_can(start_method):
+    """The next manager needs one more for each worker that is not its child."""
+    code = """
+        import resource
+        def attempt(spare):
+            session = pool(4).run_service()
+            manager = cast(session)["pids"][0]
+            used = len(os.listdir(f"/proc/{manager}/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, used + spare))
+            os.kill(manager, signal.SIGKILL)
+            tell(session.status().counters["managers_lost"])
+            session.terminate()
+        for spare in range(6):
+            pid = os.fork()
+            if not pid:
+                attempt(spare)
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+    """
+    with script(code, start_method) as owner:
+        assert [owner.hear() for _ in range(6)] == [1] * 6
+        owner.finish()
+
+
 def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method):
     with Pool(pool_size=1, start_method=start_method) as session:
         testing.wait_until_whole(session)

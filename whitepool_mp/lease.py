@@ -189,7 +189,7 @@ class Lease:
             return
         try:
             self._forget()
-            self._hold.abandon("destroyed", "its holder had it destroyed")
+            self._hold.abandon("destroyed", "its holder had it destroyed", self._member)
         finally:
             self._busy.release()
 

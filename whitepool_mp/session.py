@@ -158,9 +158,7 @@ class Session:
         until = time.monotonic() + _CANCEL_SECONDS
         try:
             link = member.link(until)
-            body = link.ask(number, frames.request(frames.CANCEL, number), until)
-            if body[0] == frames.GRANT:  # it crossed the cancel, which makes it a checkin
-                body = link.wait(number, until)
+            body = link.cancel(number, until)
             return refusal(frames.read_refused(body), member.name, seconds, None)
         except TimedOut:
             return self._unanswered(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from whitepool_mp.broker import (
 )
 from whitepool_mp.config import Policy
 from whitepool_mp.manager.books import Books
+from whitepool_mp.manager.clients import Client
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.ledger import Ledger
 
@@ -175,3 +177,39 @@ def test_records_are_used_again(ledger: Ledger) -> None:
         ledger.words[Ledger.worker(index) + ledgers.BORN] for index in range(10, ledgers.WORKERS)
     )
     assert len(Books(ledger).past().resume.workers) == 3
+
+
+class Watched:
+    """A ledger's words; looks after each write what another manager would read then."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.words = ledger, ledger.words
+        self.read: list[Any] = []
+
+    def __getitem__(self, at: int) -> int:
+        return self.words[at]
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self.words[at] = value
+        self.read.append(Books(self.ledger).past().clients)
+
+
+def test_a_client_that_comes_back_is_known_all_the_while(ledger: Ledger) -> None:
+    """A manager that is killed as it lets one in costs it neither its leases nor its place."""
+    client: Any = Client(3, None, 0.0)  # type: ignore[arg-type]
+    client.link, client.member, client.pid, client.engine = 77, bytes(range(16)), os.getpid(), True
+    client.sites[1] = "here"
+    books = Books(ledger)
+    place = books.joined(client)
+    books.waiting(client)
+    before = Books(ledger).past().clients
+    assert before[0].waiting
+
+    again = Books(ledger)
+    again.past()
+    watched: Any = Watched(ledger)
+    again._words = watched
+    client.sites.clear()  # it has not asked again yet
+    assert again.joined(client) == place
+    assert all(read == before for read in watched.read)
+    assert Books(ledger).past().clients == before

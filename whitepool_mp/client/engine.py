@@ -34,7 +34,7 @@ from typing import Any
 from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineLease
-from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, dial, new_link
+from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, TimedOut, dial, new_link
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Sink, Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
@@ -75,6 +75,7 @@ class Engine(Channels):
         self.jobs = Dispatcher(self)
         self._inbox: deque[Task] = deque()
         self._mark = _no_mark()  # whether there may be jobs: soon one that the manager sees
+        self._marks = [self._mark]  # the same, for whoever cleans up
         self._mustered = False  # whether the pool is about to drain, and is to be told what is left
         self._unfinished = False  # whether it was told that something is
         self._asleep = False
@@ -89,6 +90,7 @@ class Engine(Channels):
             self._outbox,
             self.jobs.kept,
             self._sock,
+            (path, self._link, self._marks),
             self._epoll,
             self._wake,
         )
@@ -216,9 +218,15 @@ class Engine(Channels):
         return self.jobs.idle and not self._inbox and not self._posted
 
     def give_back(self) -> None:
-        """Check in the workers that are kept here and have nothing to do."""
+        """Check in the workers that are kept here and have nothing to do, and say that this is the
+        end: nothing may be asked any more."""
         if self.broken is None and not self._closed:
+            if self._handshake is not None:
+                self._outbox.clear()  # nobody would read it
             _give_back(self._outbox, self.jobs.kept, self._sock)
+            with self._wake_lock:  # whoever puts a task now must not take it back
+                _say_over(self._joining[0], self._link, self._marks, self._sock)
+                self._use_mark(_no_mark())
 
     def close(self) -> None:
         """Let go of everything; what has not ended fails with `PoolClosed`."""
@@ -232,7 +240,7 @@ class Engine(Channels):
     def discard(self) -> None:
         """Close this process's descriptors, and nothing else."""
         self._closed = True
-        self._mark = _no_mark()  # in a forked child the other one is the parent's
+        self._use_mark(_no_mark())  # in a forked child the other one is the parent's
         with self._wake_lock:
             if self._collected.detach() is not None:
                 for channel in self._channels.values():
@@ -303,12 +311,15 @@ class Engine(Channels):
             return  # the descriptor was lost: the mark stays as the manager made it, set
         fd = self._fds.popleft()
         try:
-            self._mark = ledger.mark(fd, place)
+            self._use_mark(ledger.mark(fd, place))
         except OSError:
             return
         finally:
             os.close(fd)
         self._mark[0] = 1  # until the next `flush`
+
+    def _use_mark(self, mark: memoryview) -> None:
+        self._mark = self._marks[0] = mark
 
     def _rejoin(self) -> None:
         """The connection ended: join the manager that takes over, if there is to be one."""
@@ -344,7 +355,7 @@ class Engine(Channels):
         if self.broken is not None:
             return
         self.broken = error
-        self._mark = _no_mark()
+        self._use_mark(_no_mark())
         if self._sock.fileno() >= 0:
             self._epoll.unregister(self._sock.fileno())
         for channel in list(self._channels.values()):
@@ -422,15 +433,37 @@ def _give_back(outbox: bytearray, kept: Kept, sock: socket.socket) -> None:
         sock.send(data)
 
 
+def _say_over(path: str, link: int, marks: list[memoryview], sock: socket.socket) -> None:
+    """Say that a connection is over where also the next manager sees it.
+
+    One that was killed does not see the connection end, or read what was sent last; and the one
+    after it has seen it neither, and would keep for a client that lives what it held.
+
+    Args:
+        path: where the manager listens.
+        link: the connection's own number; in its mark it says that it is over.
+        marks: its mark.
+        sock: the connection, about to be closed.
+    """
+    marks[0][0] = link
+    poller = select.poll()
+    poller.register(sock, 0)
+    if poller.poll(0):  # hung up: that manager is gone, and another may have read the marks before
+        with contextlib.suppress(LinkBroken, TimedOut):
+            dial(path, time.monotonic()).close()  # it looks again when a stranger goes
+
+
 def _leave(
     outbox: bytearray,
     kept: Kept,
     sock: socket.socket,
+    over: tuple[str, int, list[memoryview]],
     epoll: select.epoll,
     wake: int,
 ) -> None:
     """An engine was left behind."""
     _give_back(outbox, kept, sock)
+    _say_over(*over, sock)
     _close(sock, epoll, wake)
 
 

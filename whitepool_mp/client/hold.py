@@ -104,12 +104,20 @@ class Hold:
             # There is no page to write it on, for the manager after one that dies over it.
             member.make_sure(self.link)
 
-    def abandon(self, how: str, reason: str) -> None:
-        """Have the worker killed; the hold and its channel are over."""
+    def abandon(self, how: str, reason: str, member: Member | None = None) -> None:
+        """Have the worker killed; the hold and its channel are over.
+
+        Args:
+            how, reason: as the lease and the worker's obituary will tell.
+            member: of whoever can wait until it has been heard, if there is no page to note it on.
+        """
         self.ended = how
+        noted = self.channel is not None
         self.drop_channel()
         self._tell_manager(frames.destroy(self.id, reason))
         self.told = True
+        if not noted and member is not None:
+            member.make_sure(self.link)
 
     def drop_channel(self) -> None:
         """Close the channel to a worker that is dead or was given up."""

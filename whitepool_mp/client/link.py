@@ -209,6 +209,34 @@ class Link:
         finally:
             self._asked.pop(number, None)
 
+    def cancel(self, number: int, deadline: float) -> bytes:
+        """Give a request up, and wait for the refusal that ends it.
+
+        Args:
+            number: the request's.
+            deadline: until when to wait, on the monotonic clock.
+
+        Returns:
+            The body of the refusal.
+
+        Raises:
+            TimedOut: it did not come in time. The next manager is told, too, should it be killed.
+            LinkBroken: the pool is gone.
+        """
+        data = frames.request(frames.CANCEL, number)
+        self._asked[number] = data
+        try:
+            self._send(data, deadline)
+            body = self.wait(number, deadline)
+            if body[0] == frames.GRANT:  # it crossed the cancel, which makes it a checkin
+                body = self.wait(number, deadline)
+            return body
+        except TimedOut:
+            self._said.append((self._number, data))
+            raise
+        finally:
+            self._asked.pop(number, None)
+
     def _send(self, data: bytes, deadline: float | None) -> None:
         with self._send_lock:
             seen = self._generation

@@ -50,6 +50,7 @@ class PastClient(Record):
     pid: int
     started: int
     waiting: bool
+    over: bool
 
 
 class Past(Record):
@@ -145,16 +146,19 @@ class Books:
         """A client proved itself; its place in the ledger, None if that is full."""
         words = self._words
         at = self._clients.get(client.id)
-        if at is None:
-            if self._free_clients:
-                at = self._free_clients.pop()
-            elif self._most_clients < ledgers.CLIENTS:
-                at = Ledger.client(self._most_clients)
-                self._most_clients += 1
-            else:
-                return None
-            self._clients[client.id] = at
-            words[Ledger.mark(at)] = client.engine  # until it says otherwise
+        if at is not None:
+            # It is back, and all of that is written already. Who was killed in the middle of doing
+            # so again would leave nothing of it, or that it waits for nothing.
+            return Ledger.place(at)
+        if self._free_clients:
+            at = self._free_clients.pop()
+        elif self._most_clients < ledgers.CLIENTS:
+            at = Ledger.client(self._most_clients)
+            self._most_clients += 1
+        else:
+            return None
+        self._clients[client.id] = at
+        words[Ledger.mark(at)] = client.engine  # until it says otherwise
         words[at + ledgers.NUMBER] = 0
         words[at + ledgers.LINK] = client.link
         words[at + ledgers.MEMBER] = int.from_bytes(client.member[:8], "little")
@@ -169,6 +173,11 @@ class Books:
         """Whether a client may have jobs: its mark says so, or it has none."""
         at = self._clients.get(client.id)
         return client.engine if at is None else bool(self._words[Ledger.mark(at)])
+
+    def is_over(self, client: Client) -> bool:
+        """Whether a client has said in its mark that its connection is over."""
+        at = self._clients.get(client.id)
+        return at is not None and self._words[Ledger.mark(at)] == client.link
 
     def left(self, client: Client) -> None:
         """A client's connection ended."""
@@ -326,6 +335,7 @@ class Books:
             words[at + ledgers.CLIENT_PID],
             words[at + ledgers.CLIENT_STARTED],
             bool(words[at + ledgers.WAITING]),
+            words[Ledger.mark(at)] == words[at + ledgers.LINK],
         )
 
 

@@ -7,7 +7,8 @@ nothing, or nonsense, or does not read its answers, is closed and counted, and c
 nothing; with no descriptors left, connections are refused instead of spinning on them.
 
 The clients of a manager that was killed are absent at first: known by their link's number, and by a
-pidfd for as long as their process lives. What they held stays theirs until they are back.
+pidfd for as long as their process lives. What they held stays theirs until they are back, or say in
+their mark that they are over; whoever finds no manager to say so to connects and leaves again.
 """
 
 from __future__ import annotations
@@ -140,15 +141,14 @@ class Door:
             last: the highest number that any had.
         """
         self._numbers = last
-        nowhere, other = descriptors.pair()
-        nowhere.close()
-        other.close()
+        nowhere: Any = _Nowhere()
         for past in clients:
             client = Client(past.number, nowhere, self._clock())
             client.link, client.member, client.pid = past.link, past.member, past.pid
             client.proven = True
             try:
-                pidfd = kin.hold(past.pid, past.started) if past.link else None
+                known = past.link and not past.over
+                pidfd = kin.hold(past.pid, past.started) if known else None
             except OSError:
                 pidfd = None  # no descriptor to watch it with: it counts as gone
             if pidfd is None:
@@ -159,11 +159,17 @@ class Door:
             self._loop.add(pidfd, functools.partial(self._never_back, client))
 
     def _never_back(self, client: Client, _: int) -> None:
-        """The process of an absent client has ended."""
+        """An absent client is over, or its process has ended."""
         self._not_absent(client.link)
         if self.clients.pop(client.id, None) is not None:
             self._books.left(client)
             self._audience.client_gone(client)
+
+    def _look_for_ended(self) -> None:
+        """A stranger went: to have us look who of the absent is over, perhaps."""
+        for client, _ in list(self._absent.values()):
+            if self._books.is_over(client):
+                self._never_back(client, 0)
 
     def _not_absent(self, link: int) -> Client | None:
         client, pidfd = self._absent.pop(link, (None, -1))
@@ -280,6 +286,7 @@ class Door:
         if unproven:
             self._books.newcomers(len(self._silent))
             self._audience.client_gone(client)
+            self._look_for_ended()
         elif self.clients.pop(client.id, None) is not None:
             self._books.left(client)
             self._audience.client_gone(client)
@@ -369,6 +376,7 @@ class Door:
         finally:
             self._take_spare()
         self.counters["connections_refused"] += 1
+        self._look_for_ended()
         return True
 
     def _ready(self, client: Client, events: int) -> None:
@@ -428,6 +436,18 @@ class Door:
         self.send(client, welcome, (self._books.ledger_fd,) if marked else ())
         if client.sock.fileno() >= 0:
             self._audience.client_joined(client, number)
+
+
+class _Nowhere:
+    """The socket of a client that is not back yet. It takes no descriptor: there may be none."""
+
+    __slots__ = ()
+
+    def fileno(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        return
 
 
 class _Copy:

@@ -174,15 +174,19 @@ class Manager:
             self._reunited()
 
     def _resume(self, worker: int) -> None:
-        from whitepool_mp.manager.takeover import missed
-
         self._crew.resume(worker)
-        record, hand = self._broker.worker(worker), self._crew.hand(worker)
-        deed = None if record is None or hand is None else missed(record, hand.page)
+        deed = self._missed(worker)
         if isinstance(deed, Recall):
             self._recall(*deed)
         elif deed is not None:
             self.apply(deed)
+
+    def _missed(self, worker: int) -> Event | Recall | None:
+        """What is on a worker's page and was not heard."""
+        from whitepool_mp.manager.takeover import missed
+
+        record, hand = self._broker.worker(worker), self._crew.hand(worker)
+        return None if record is None or hand is None else missed(record, hand.page)
 
     def turn(self) -> int:
         """Wait until something happens or is due, and deal with it; how many descriptors it was."""
@@ -301,9 +305,20 @@ class Manager:
     def client_gone(self, client: Client) -> None:
         """A client's connection ended: what it held is dirty."""
         if client.proven:
+            if self._books.generation > 1:
+                self._take_back(client)
             self.apply(ClientGone(client.id))
         self._is_back(client)
         self._muster.came(client)
+
+    def _take_back(self, client: Client) -> None:
+        """One that has not come back, or not said all again, may have noted on a page that it gave
+        the worker back."""
+        for worker in list(self._broker.workers()):
+            if worker.client == client.id:
+                deed = self._missed(worker.id)
+                if isinstance(deed, Checkin):
+                    self.apply(deed)
 
     def _on_checkout(self, client: Client, body: bytes) -> None:
         asked = frames.read_checkout(body)
@@ -436,6 +451,8 @@ class Manager:
 
     def _on_rejoined(self, client: Client, body: bytes) -> None:
         self._is_back(client)
+        if self._reunion is None:
+            self._books.waiting(client)
         if not client.engine:  # an engine is asked
             self._muster.came(client)
 
@@ -453,6 +470,8 @@ class Manager:
         for client, body in reunion.taken_up():
             if self._door.clients.get(client.id) is client:
                 self._handlers[body[0]](client, body)
+        for client in reunion.back:
+            self._books.waiting(client)
         if reunion.draining:
             self._drain()
 

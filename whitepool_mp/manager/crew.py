@@ -79,6 +79,7 @@ class Crew(Births):
         self._stacks: Any = None  # a `Stacks`, made when it is first wanted
         self._sweep_due = False
         self._follows = follows
+        self._marked_due = False  # whether to sweep by the marker, when all births are known
         # Open from the start: there may be no descriptor to spare when it is wanted.
         self._children_fd = children.open_list()
 
@@ -119,6 +120,10 @@ class Crew(Births):
             kill(hand)
             return
         if hand.inherited:
+            self._look_for(hand)
+            if hand.pid is not None:
+                kill(hand)
+                return
             # Nobody knows its pid yet. Without this socket it ends by itself, if it is ever born.
             self._bury(hand, None, None)
             return
@@ -184,8 +189,10 @@ class Crew(Births):
 
     def tick(self, now: float) -> None:
         """Stop waiting for stacks that do not come, and for a reader of standard error who takes
-        nothing."""
+        nothing; and sweep, if that had to wait."""
         self.relay.tick(now)
+        if self._marked_due:
+            self.sweep_marked()
         if self._stacks is not None:
             self._stacks.tick(now)
 
@@ -306,18 +313,30 @@ class Crew(Births):
             control_fd, page_fd, stderr, stacks: this process's copies; owned from here on.
 
         Raises:
-            OSError: no descriptor or no memory is left.
+            OSError: no descriptor or no memory is left; all of that is closed.
         """
-        control = Socket(fileno=control_fd)
-        control.setblocking(False)
         worker, slot = process.worker, process.slot
-        hand = Hand(worker, slot, control, page_fd, process.born, stderr, stacks)
-        hand.inherited = True
-        hand.channels = hand.page.words[pages.CHANNELS]
-        self._hands[hand.worker] = self._unborn[hand.worker] = hand
-        pid = process.pid or hand.page.words[pages.PID]
-        if pid:
-            self._identify(hand, pid, process.started or kin.started(pid) or 0)
+        with contextlib.ExitStack() as undo:
+            for fd in (stderr, stacks):
+                if fd is not None:
+                    undo.callback(os.close, fd)
+            control = undo.enter_context(Socket(fileno=control_fd))
+            control.setblocking(False)
+            try:
+                hand = Hand(worker, slot, control, page_fd, process.born, stderr, stacks)
+            except OSError:
+                os.close(page_fd)
+                raise
+            undo.callback(hand.close)
+            hand.inherited = True
+            hand.channels = hand.page.words[pages.CHANNELS]
+            pid = process.pid or hand.page.words[pages.PID]
+            self._hands[worker] = self._unborn[worker] = hand
+            undo.callback(self._unborn.pop, worker, None)
+            undo.callback(self._hands.pop, worker, None)
+            if pid:
+                self._identify(hand, pid, process.started or kin.started(pid) or 0)
+            undo.pop_all()
 
     def give_up(self, process: Process) -> None:
         """Kill a worker that another manager started and that cannot be taken over."""
@@ -356,6 +375,20 @@ class Crew(Births):
             self._loop.add(pidfd, lambda _: self._outlived(hand))
             self._listener.worker_born(hand.worker, pid)
 
+    def _look_for(self, hand: Hand) -> None:
+        """A worker that was taken over may have noted its birth, and said nothing yet."""
+        if hand.pid is not None or not (pid := hand.page.words[pages.PID]):
+            return
+        try:
+            self._identify(hand, pid, kin.started(pid) or 0)
+        except OSError as error:  # it ends with its connection
+            self._bury(hand, None, None, f"it could not be taken over: {error}")
+            return
+        if hand.pidfd < 0:
+            self._hear(hand)
+            if hand.worker in self._hands:
+                self._bury(hand, None, None)
+
     def _outlived(self, hand: Hand) -> None:
         """One that was taken over has ended."""
         self._hear(hand)
@@ -365,16 +398,29 @@ class Crew(Births):
         self.sweep_marked()
 
     def sweep_marked(self) -> None:
-        """Kill what workers left behind that were not this process's children."""
+        """Kill what workers left behind that were not this process's children.
+
+        It waits until each worker that another manager ordered is known or given up: one may just
+        have been born, or be about to be by that one's nursery, and nothing but the marker is to be
+        seen of it.
+        """
         if self._follows:
             self._read_nursery()
+            for hand in [hand for hand in self._unborn.values() if hand.inherited]:
+                self._look_for(hand)
+            self._marked_due = any(hand.inherited for hand in self._unborn.values())
+            if self._marked_due:
+                return
             living = {os.getpid(), *self._by_pid}
             living |= {hand.pid for hand in self._hands.values() if hand.pid is not None}
             if self._nursery_pid is not None:
                 living.add(self._nursery_pid)
-            from whitepool_mp.wire import marked
+            try:
+                from whitepool_mp.wire import marked
 
-            marked.kill(self._boot.pool_id, living)
+                marked.kill(self._boot.pool_id, living)
+            except (OSError, ImportError):  # no descriptor to look with, or to import it
+                self._marked_due = True
 
     # --- the workers' own words -----------------------------------------------------------
 

@@ -25,17 +25,23 @@ class Reunion:
         missing: the clients that waited and have not asked again yet.
         draining: whether the pool was shutting down.
         until: when not to wait for them any longer.
+
+    Attributes:
+        back: who has asked again, or has gone. What was written down of them holds until what they
+            asked is taken up: should this manager be killed too, they are waited for again.
     """
 
     def __init__(self, missing: set[int], draining: bool, until: float) -> None:
         self.missing = missing
         self.until = until
         self.draining = draining
+        self.back: list[Client] = []
         self._heard: list[tuple[Client, bytes]] = []
 
     def came(self, client: Client) -> bool:
         """One has asked again, or has gone; whether all have."""
         self.missing.discard(client.id)
+        self.back.append(client)
         return not self.missing
 
     def keep(self, client: Client, body: bytes) -> bool:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 def take_over(books: Books, escrow: Escrow, manager: Manager, crew: Crew, door: Door) -> None:
     """Go on where the last manager was killed."""
+    import json  # noqa: F401  # for the first answer: there may be no descriptor left then
+
     past = books.past()
     parked = escrow.take(books.generation)
     lost: dict[int, Obituary] = {}
@@ -42,7 +44,9 @@ def take_over(books: Books, escrow: Escrow, manager: Manager, crew: Crew, door: 
                 continue
             except OSError as error:
                 why = f": {type(error).__name__}: {error}"
+                fds = []  # they are closed
         crew.give_up(process)
+        escrow.drop(process.worker)  # while what that may send again is open
         for fd in fds:
             os.close(fd)
         lost[process.worker] = obituary.unknown(

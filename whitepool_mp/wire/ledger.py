@@ -7,7 +7,8 @@ It is a memory file, made by the owner and given to each manager, so what has be
 whatever becomes of the writer. Only the manager writes records, one for each worker and one for
 each client connection, and always before anybody is told what they say. Behind the records each
 client has a mark, which is its own to write: whether it has jobs of which the manager need not know
-yet. So it is known before the client has been asked, and of one that cannot answer.
+yet, or, with the number of its link, that it has ended. So it is known before the client has been
+asked, and of one that cannot answer.
 
 Guarantees: each number is written whole. A record that was being changed when its writer died is
 known as such: a worker's STATE is 0 then, a client's NUMBER.

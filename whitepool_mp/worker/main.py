@@ -58,7 +58,11 @@ def run(
     try:
         if stderr_fd >= 0:
             _take_stderr(stderr_fd)
-        os.setpgid(0, 0)
+        # A session of its own, and with it a process group. As a group of the manager's session it
+        # would be sent SIGHUP if the manager died while it is stopped: whoever stopped the members
+        # of an orphaned group is taken to be gone. (A session has no terminal unless its leader
+        # opens one that is nobody's, without O_NOCTTY; the owner's is the owner's.)
+        os.setsid()
         _lifeline = linux.die_with(lifeline)
         linux.adopt_orphans()
         _prepare(boot, slot, page_fd)

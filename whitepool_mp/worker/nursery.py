@@ -20,6 +20,7 @@ Importing this module is part of the manager's start, so it imports little itsel
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -166,7 +167,7 @@ def _leave_manager(*keep: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    os.setpgid(0, 0)
+    os.setsid()  # for the same reason as a worker: it may be stopped, with orders to carry out
     previous = 2
     for fd in sorted(keep):
         os.closerange(previous + 1, fd)
@@ -206,8 +207,8 @@ class _Nursery:
                 warm = True
             try:
                 data, fds = descriptors.receive(self._sock, 64, MOST)
-            except ConnectionResetError:  # closed, with what was said from here unread
-                break
+            except ConnectionResetError:
+                continue  # said once: closed, with what was said from here unread; orders come next
             if not data:
                 break
             _, worker, slot = SPAWN.unpack(data)
@@ -262,6 +263,13 @@ class _Nursery:
         gc.freeze()
 
     def _spawn(self, worker: int, slot: int, fds: list[int]) -> None:
+        poller = select.poll()
+        for fd in fds[:1]:  # its control socket; none if there was no descriptor for it here
+            poller.register(fd, 0)
+        if poller.poll(0):  # hung up: its manager died, and the next one did not take it over
+            for fd in fds:
+                os.close(fd)
+            return
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -280,7 +288,8 @@ class _Nursery:
 
     def _unborn(self, worker: int, error: OSError) -> None:
         text = f"{type(error).__name__}: {error}"
-        self._sock.send(BORN.pack(UNBORN_KIND, worker, 0) + text.encode()[-MAX_TEXT:])
+        with contextlib.suppress(ConnectionError):  # that manager is dead: the next one sees
+            self._sock.send(BORN.pack(UNBORN_KIND, worker, 0) + text.encode()[-MAX_TEXT:])
 
     def _middleman(self, worker: int, slot: int, fds: list[int]) -> NoReturn:
         try:
