@@ -480,7 +480,9 @@ def test_what_has_run_is_not_run_again_when_the_job_before_it_is_cancelled(
                 pipe()  # all answers were sent at once, this time
                 account(path, futures)
                 continue
-            # 5 runs, and some before it have been answered on the page only.
+            # 5 runs, and some before it have been answered on the page only; the others are done.
+            (channel,) = engine(session)._channels.values()
+            until(lambda: engine(session)._asleep and not channel._poll.poll(0))
             monkeypatch.setattr(Page, "unsent", later)
             cancelled = [next(n for n, future in enumerate(futures) if not future.done())]
             futures[cancelled[0]].cancel()

@@ -147,6 +147,8 @@ class Server(Calls):
             while message is not None:
                 if message.token > self._fence:
                     self._begin_lease(channel, message.token)
+                    if channel.sock.fileno() < 0:
+                        return  # a newer lease has begun meanwhile
                 if message.kind == CALL:
                     self._call(channel, message)
                 else:
@@ -172,6 +174,8 @@ class Server(Calls):
         self._kept.clear()
         if self._words[RECALLED] >= lease:
             return
+        if self._unsent:
+            self._send_unsent(channel)  # answers that lie here are this one's
         for fd, _ in self._poll.poll(0):
             other = self._channels.get(fd)
             if other is not None and other is not channel:
