@@ -268,7 +268,7 @@ class Session:
                 if isinstance(error, LeaseError) and hold.keep:
                     hold.recalled()  # before its first call
                     continue
-                if not isinstance(error, TimedOut) and hold.refused():
+                if not isinstance(error, TimedOut) and hold.refused(isinstance(error, Refused)):
                     continue
                 if isinstance(error, (ChannelBroken, LeaseError)) and not hold.began():
                     # It died before the call began: while it was kept, or else just now.

@@ -154,11 +154,16 @@ class Hold:
         channel, self.channel = self.channel, None
         return channel
 
-    def refused(self) -> bool:
+    def refused(self, known: bool) -> bool:
         """Whether the pool has taken the worker back, and will not begin the last call; then the
-        hold is over, and its channel, in which that call lies."""
+        hold is over, and its channel, in which that call lies.
+
+        Args:
+            known: whether that was found out already. (A worker that comes to refuse it says for a
+                moment that it begins.)
+        """
         channel = self.channel
-        if channel is None or not channel.page.refuses(self.id, self.number):
+        if channel is None or not (known or channel.page.refuses(self.id, self.number)):
             return False
         self.recalled()
         channel.close()

@@ -285,6 +285,11 @@ class MessageReader:
         self._begin, self._end = 0, len(rest)
         self.room = self._view[self._end :]
 
+    @property
+    def part_of_large(self) -> bool:
+        """Whether a message that is too large for the buffer has come in part."""
+        return self._head is not None
+
     def take(self, count: int) -> Message | None:
         """`count` bytes were written to `room`: the next whole message, or None.
 

@@ -181,8 +181,8 @@ class Server(Calls):
             if other is not None and other is not channel:
                 self._hear_client(other)
         for other in list(self._channels.values()):
-            if other is not channel and other.reader.more:
-                self._drop(other)  # a part of a message: who sends it must not wait for room
+            if other is not channel and other.reader.part_of_large:
+                self._drop(other)  # who sends it must not wait for room
 
     def _serve(self, channel: Channel, message: Message) -> None:
         if message.kind == messages.METHOD:
