@@ -453,6 +453,12 @@ def test_cancelling_all_over_a_burst_runs_nothing_twice(path: Path) -> None:
         assert set(range(count)) - cancelled <= set(counts)
 
 
+def has_heard(session: Session) -> bool:
+    """Whether the engine has taken in all that was sent to it by workers."""
+    channels = engine(session)._channels.values()
+    return engine(session)._asleep and not any(channel._poll.poll(0) for channel in channels)
+
+
 def test_what_has_run_is_not_run_again_when_the_job_before_it_is_cancelled(
     path: Path, pipe: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,8 +487,7 @@ def test_what_has_run_is_not_run_again_when_the_job_before_it_is_cancelled(
                 account(path, futures)
                 continue
             # 5 runs, and some before it have been answered on the page only; the others are done.
-            (channel,) = engine(session)._channels.values()
-            until(lambda: engine(session)._asleep and not channel._poll.poll(0))
+            until(lambda: has_heard(session))
             monkeypatch.setattr(Page, "unsent", later)
             cancelled = [next(n for n, future in enumerate(futures) if not future.done())]
             futures[cancelled[0]].cancel()
