@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -306,21 +306,30 @@ def ahead(session: Session) -> int:
     return sum(len(lease.tasks) for lease in list(engine(session).jobs._leases.values()))
 
 
+def stuck_behind_a_pipe(
+    executor: Executor, session: Session, path: Path, count: int
+) -> tuple[Future[int], list[Future[int]], list[Future[int]]]:
+    """A job that lasts until the pipe is written to, `count` behind it, and of the latter those
+    whose callback was called."""
+    called: list[Future[int]] = []
+    with at_once(session):
+        deed = (errands.wait_for, path.with_name("pipe"))
+        first = executor.submit(errands.step, path, 0, *deed)
+        others = [executor.submit(errands.step, path, number) for number in range(1, count + 1)]
+    for future in others:
+        future.add_done_callback(called.append)
+    until(lambda: errands.run_count(path) == 1)
+    return first, others, called
+
+
 @pytest.mark.parametrize("waited", [False, True])
 def test_an_executor_s_end_that_cancels_takes_back_what_was_sent_and_has_not_begun(
     path: Path, pipe: Callable[[], int], patience: str, waited: bool
 ) -> None:
-    called: list[Future[int]] = []
     with Pool(1) as session:
         warm(session)
         executor = session.executor()
-        with at_once(session):
-            deed = (errands.wait_for, path.with_name("pipe"))
-            first = executor.submit(errands.step, path, 0, *deed)
-            others = [executor.submit(errands.step, path, number) for number in range(1, 40)]
-        for future in others:
-            future.add_done_callback(called.append)
-        until(lambda: errands.run_count(path) == 1)
+        first, others, called = stuck_behind_a_pipe(executor, session, path, 39)
         if patience == "left behind":
             assert ahead(session) > 1
         if waited:
@@ -384,17 +393,10 @@ def test_an_executor_s_end_that_cancels_at_any_moment_leaves_one_outcome(
 def test_a_job_that_an_executor_s_end_took_back_may_be_cancelled_by_hand_too(
     path: Path, pipe: Callable[[], int]
 ) -> None:
-    called: list[Future[int]] = []
     with Pool(1) as session:
         warm(session)
         executor = session.executor()
-        with at_once(session):
-            deed = (errands.wait_for, path.with_name("pipe"))
-            first = executor.submit(errands.step, path, 0, *deed)
-            others = [executor.submit(errands.step, path, number) for number in range(1, 20)]
-        for future in others:
-            future.add_done_callback(called.append)
-        until(lambda: errands.run_count(path) == 1)
+        first, others, called = stuck_behind_a_pipe(executor, session, path, 19)
         with at_once(session):
             executor.shutdown(wait=False, cancel_futures=True)
             for future in others[::2]:

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -515,6 +516,17 @@ def test_workers_that_are_starting_are_started_once(start_method: str, tmp_path:
         assert len(noted(path)) == 3
 
 
+def opened_later(path: Path, gate: Path) -> Callable[[], str]:
+    """A factory that notes its process; all but the first wait until the test has opened `gate`."""
+
+    def factory() -> str:
+        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
+            os.close(os.open(gate, os.O_RDONLY))
+        return "resource"
+
+    return factory
+
+
 @pytest.mark.parametrize("moment", ["ordered", "begun"])
 def test_workers_that_the_nursery_has_not_come_to_are_started_once(
     start_method: str, tmp_path: Path, moment: str
@@ -522,12 +534,7 @@ def test_workers_that_the_nursery_has_not_come_to_are_started_once(
     path, gate, count = tmp_path / "starts", tmp_path / "gate", 16
     os.mkfifo(gate)
 
-    def slow() -> str:
-        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
-            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
-        return "resource"
-
-    with Pool(1, factory=slow, start_method=start_method) as session:
+    with Pool(1, factory=opened_later(path, gate), start_method=start_method) as session:
         whole(session)
         forker, first = nursery(session), manager(session)
         forker.suspend()
@@ -558,12 +565,7 @@ def test_what_was_left_behind_is_swept_once_all_births_are_known(
     path, gate, daemons = tmp_path / "starts", tmp_path / "gate", tmp_path / "daemon"
     os.mkfifo(gate)
 
-    def slow() -> str:
-        if deeds.count(path, os.getpid()) and len(deeds.noted(path)) > 1:
-            os.close(os.open(gate, os.O_RDONLY))  # once the test has opened it
-        return "resource"
-
-    with Pool(1, factory=slow, start_method=start_method) as session:
+    with Pool(1, factory=opened_later(path, gate), start_method=start_method) as session:
         whole(session)
         forker, first = nursery(session), manager(session)
         forker.suspend()

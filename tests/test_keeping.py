@@ -760,6 +760,15 @@ def test_a_job_sent_just_after_its_worker_was_taken_back_does_not_wait_for_who_h
     """Its sender had looked, and then another thread of it ran for a moment."""
     looks = Hold if way == "run" else Page
     look: Callable[..., bool] = looks.is_recalled
+    sure, refused = Page.refuses, []
+
+    def refuses(page: Page, *call: int) -> bool:
+        if call in refused:  # the worker comes to it, and says for a moment that it begins
+            return False
+        if sure(page, *call):
+            refused.append(call)
+        return call in refused
+
     with Pool(2, start_method=start_method) as session:
         whole(session)
         first = session.checkout(T)
@@ -775,8 +784,10 @@ def test_a_job_sent_just_after_its_worker_was_taken_back_does_not_wait_for_who_h
                 monkeypatch.setattr(
                     looks, "is_recalled", lambda *args: before.pop() if before else look(*args)
                 )
+                monkeypatch.setattr(Page, "refuses", refuses)
                 assert job(session, way) == first.pid
                 assert not before
+                assert refused
                 assert not longer.done()
                 pipe()
                 assert longer.result(T) == 1
@@ -978,6 +989,21 @@ def test_a_shutdown_finishes_what_another_process_has_just_submitted(how: str) -
             session.terminate()
 
 
+def is_finished(code: str) -> None:
+    """What another process has submitted is, by a shutdown that begins when it says so."""
+    session = Pool(1).run_service()
+    try:
+        whole(session)
+        with script(code, "forkserver") as client:
+            client.give(session)
+            assert client.hear() == "submitted"
+            session.safe_shutdown(T)
+            _, error = client.finish()
+            assert error == ""
+    finally:
+        session.terminate()
+
+
 @pytest.mark.parametrize("connected", [False, True])
 def test_a_shutdown_finishes_the_first_job_of_another_process(connected: bool) -> None:
     """Its engine may not even have joined."""
@@ -990,17 +1016,7 @@ def test_a_shutdown_finishes_the_first_job_of_another_process(connected: bool) -
         assert future.result(20) == 2
     """
     for _ in range(6):
-        session = Pool(1).run_service()
-        try:
-            whole(session)
-            with script(code, "forkserver") as client:
-                client.give(session)
-                assert client.hear() == "submitted"
-                session.safe_shutdown(T)
-                _, error = client.finish()
-                assert error == ""
-        finally:
-            session.terminate()
+        is_finished(code)
 
 
 @pytest.mark.parametrize("connected", [False, True])
@@ -1019,17 +1035,7 @@ def test_a_shutdown_finishes_the_job_of_a_process_that_gets_no_cpu_for_a_second(
         libc.usleep(999_999)
         assert future.result(20) == 2
     """
-    session = Pool(1).run_service()
-    try:
-        whole(session)
-        with script(code, "forkserver") as client:
-            client.give(session)
-            assert client.hear() == "submitted"
-            session.safe_shutdown(T)
-            _, error = client.finish()
-            assert error == ""
-    finally:
-        session.terminate()
+    is_finished(code)
 
 
 @pytest.mark.parametrize("how", ["run", "submit", "checkout"])

@@ -113,14 +113,15 @@ class Channel:
         """Send to a worker that may not read: each write waits for room until the deadline."""
         rest = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
         with contextlib.suppress(BlockingIOError):
-            messages.drop_sent(rest, self.sock.sendmsg(rest[:512], (), socket.MSG_DONTWAIT))
+            messages.send_some(self.sock, rest, socket.MSG_DONTWAIT)
         if not rest:
             return
         self._look(lease, number)
         if deadline is not None:
             self.sock.settimeout(max(0.0, deadline - time.monotonic()) or 1e-6)
         try:
-            messages.send_all(self.sock, list(rest))
+            while rest:
+                messages.send_some(self.sock, rest)
         finally:
             self.sock.settimeout(None)
 

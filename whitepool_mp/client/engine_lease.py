@@ -120,7 +120,7 @@ class EngineChannel(Channel):
         unsent = self.unsent
         while unsent:
             try:
-                messages.drop_sent(unsent, self.sock.sendmsg(unsent[:512]))
+                messages.send_some(self.sock, unsent)
             except BlockingIOError:
                 return False
             except OSError:

@@ -377,17 +377,22 @@ class Crew(Births):
 
     def _look_for(self, hand: Hand) -> None:
         """A worker that was taken over may have noted its birth, and said nothing yet."""
-        if hand.pid is not None or not (pid := hand.page.words[pages.PID]):
-            return
-        try:
-            self._identify(hand, pid, kin.started(pid) or 0)
-        except OSError as error:  # it ends with its connection
-            self._bury(hand, None, None, f"it could not be taken over: {error}")
-            return
-        if hand.pidfd < 0:
+        if hand.pid is None and self._find(hand) and hand.pid is not None and hand.pidfd < 0:
             self._hear(hand)
             if hand.worker in self._hands:
                 self._bury(hand, None, None)
+
+    def _find(self, hand: Hand) -> bool:
+        """Identify a worker that was taken over by what it noted, if it did; whether it is still
+        there afterwards."""
+        pid = hand.page.words[pages.PID]
+        try:
+            if pid:
+                self._identify(hand, pid, kin.started(pid) or 0)
+        except OSError as error:  # it ends with its connection
+            self._bury(hand, None, None, f"it could not be taken over: {error}")
+            return False
+        return True
 
     def _outlived(self, hand: Hand) -> None:
         """One that was taken over has ended."""
@@ -443,12 +448,8 @@ class Crew(Births):
                 elif not is_exiting(hand.pid):
                     self.kill(hand.worker, "it closed its connection to the manager")
                 return
-            if hand.pid is None and (pid := hand.page.words[pages.PID]):
-                try:
-                    self._identify(hand, pid, kin.started(pid) or 0)
-                except OSError as error:  # it ends with its connection
-                    self._bury(hand, None, None, f"it could not be taken over: {error}")
-                    return
+            if hand.pid is None and not self._find(hand):
+                return
             try:
                 for body in hand.decoder.feed(data):
                     self._take_in(hand, body)

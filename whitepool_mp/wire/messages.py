@@ -413,7 +413,21 @@ def send_all(sock: Any, pieces: list[bytes | memoryview]) -> None:
         return
     rest = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
     while rest:
-        drop_sent(rest, sock.sendmsg(rest[:_GATHER]))
+        send_some(sock, rest)
+
+
+def send_some(sock: Any, rest: list[memoryview], flags: int = 0) -> None:
+    """Write what goes at once of what is left to write, and take it off.
+
+    Args:
+        sock: a connected socket.
+        rest: at least one piece that is not empty.
+        flags: as for `socket.socket.sendmsg`.
+
+    Raises:
+        OSError: as for `socket.socket.sendmsg`.
+    """
+    drop_sent(rest, sock.sendmsg(rest[:_GATHER], (), flags))
 
 
 def drop_sent(rest: list[memoryview], sent: int) -> None:
