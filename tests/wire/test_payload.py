@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 from unittest.mock import Mock
@@ -21,11 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whitepool_mp.errors import (
-    FactoryFailed,
-    RemoteError,
-    RemoteTraceback,
     SerializationError,
-    WorkerDied,
 )
 from whitepool_mp.wire import messages, payload
 
@@ -336,168 +331,3 @@ def test_an_interrupt_while_something_is_shown_is_the_user_s() -> None:
     for show in (payload.shorten, payload.worded):
         with pytest.raises(KeyboardInterrupt):
             show(Interrupted())
-
-
-# --- exceptions -------------------------------------------------------------------------------
-
-
-class Plain(Exception):
-    pass
-
-
-class NeedsTwo(Exception):
-    """Its constructor takes more than `args` tells, so that it pickles but does not unpickle."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class KeepsState(Exception):
-    def __init__(self, text: str, code: int = 0) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class BadStr(Exception):
-    def __str__(self) -> str:
-        raise ValueError("no words")
-
-
-class Unpicklable(Exception):
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.lock = threading.Lock()
-
-
-class Refuses(Exception):
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("not me")
-
-
-class TurnsIntoText(Exception):
-    def __reduce__(self) -> Any:
-        return str, ("I was an exception",)
-
-
-class ExitsWhenLoaded(Exception):
-    def __reduce__(self) -> Any:
-        return sys.exit, (3,)
-
-
-class Interrupt(BaseException):
-    pass
-
-
-def travel(error: BaseException) -> BaseException:
-    try:
-        raise error
-    except BaseException as raised:
-        text = traceback.format_exc()
-        back = payload.load_failure(payload.dump_failure(raised, text))
-        assert payload.failure_traceback(payload.dump_failure(raised, text)) == text
-    assert isinstance(back.__cause__, RemoteTraceback)
-    assert back.__cause__.text == text
-    assert "in travel" in str(back.__cause__)
-    return back
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        Plain("x", 1),
-        KeyError("k"),
-        OSError(2, "No such file", "/x"),
-        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
-        StopIteration(3),
-        KeyboardInterrupt(),
-        SystemExit(3),
-        GeneratorExit(),
-        Interrupt("b"),
-        TimeoutError("t"),
-        MemoryError(),
-        RecursionError("deep"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_an_exception_arrives_as_its_own_type_with_the_remote_traceback(
-    error: BaseException,
-) -> None:
-    back = travel(error)
-    assert type(back) is type(error)
-    assert back.args == error.args
-
-
-def test_our_own_errors_travel_too() -> None:
-    assert travel(FactoryFailed("no", "remote")).remote_traceback == "remote"  # type: ignore[attr-defined]
-    died = travel(WorkerDied(pool="p", pid=3, exitcode=-11))
-    assert isinstance(died, WorkerDied) and died.signal == "SIGSEGV"
-
-
-def test_an_exception_keeps_its_attributes_and_notes() -> None:
-    error = KeepsState("x", code=7)
-    error.__notes__ = ["a note"]  # type: ignore[attr-defined]
-    back = travel(error)
-    assert isinstance(back, KeepsState)
-    assert back.code == 7
-    assert back.__notes__ == ["a note"]  # type: ignore[attr-defined]
-
-
-def test_an_exception_of_a_local_class_arrives_as_that_class() -> None:
-    class Local(ValueError):
-        pass
-
-    back = travel(Local("here"))
-    assert isinstance(back, ValueError)
-    assert type(back).__name__ == "Local"
-
-
-def test_exception_groups_arrive_whole() -> None:
-    group = pytest.importorskip("builtins").__dict__.get("ExceptionGroup")
-    if group is None:
-        pytest.skip("ExceptionGroup is new in Python 3.11")
-    back = travel(group("several", [ValueError(1), KeyError(2)]))
-    assert [type(each) for each in back.exceptions] == [ValueError, KeyError]  # type: ignore[attr-defined]
-
-
-def remote(error: BaseException) -> RemoteError:
-    back = travel(error)
-    assert isinstance(back, RemoteError)
-    return back
-
-
-def test_an_exception_that_cannot_be_pickled_is_told_by_name() -> None:
-    back = remote(Unpicklable("secret"))
-    assert back.type_name == f"{__name__}.Unpicklable"
-    assert back.message == "secret"
-    assert "could not be pickled" in str(back)
-    assert "travel" in back.remote_traceback
-
-
-def test_an_exception_with_a_required_argument_arrives_as_its_own_type() -> None:
-    back = travel(NeedsTwo(1, "text"))
-    assert type(back) is NeedsTwo
-    assert (back.args, back.code) == (("text",), 1)
-
-
-@pytest.mark.parametrize("kind", [Refuses, TurnsIntoText, ExitsWhenLoaded])
-def test_an_exception_whose_own_pickling_fails_arrives_as_its_own_type(
-    kind: type[Exception],
-) -> None:
-    back = travel(kind("x"))
-    assert type(back) is kind
-    assert back.args == ("x",)
-
-
-def test_an_exception_whose_str_raises_is_told_by_name() -> None:
-    back = travel(BadStr())
-    assert type(back) is BadStr
-    local = payload.dump_failure(BadStr(Sulky()), "text")
-    wrapped = payload.load_failure(local)
-    assert isinstance(wrapped, RemoteError)
-    assert wrapped.message == "<its str() raised ValueError>"
-
-
-def test_an_exception_that_carries_what_cannot_travel_is_told_by_name() -> None:
-    back = remote(ValueError("text", Sulky()))
-    assert back.type_name == "ValueError"

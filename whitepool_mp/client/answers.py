@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from whitepool_mp.errors import LeaseError, SerializationError
 from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire.failures import load_failure
 from whitepool_mp.wire.messages import Message
 
 
@@ -50,7 +51,7 @@ def _failure(message: Message, name: str, lease: int, pool: str) -> BaseExceptio
             f"the worker refused a call of {name} under lease {lease} of pool {pool!r}: it has "
             "served a newer lease since"
         )
-    error = payload.load_failure(message.payload)
+    error = load_failure(message.payload)
     if message.flags == messages.LOADING:
         wrapped = SerializationError(
             f"{name} or its arguments could not be unpickled in the worker: {payload.worded(error)}"

@@ -20,15 +20,25 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar
 
 
-def dumps(value: Any, sort: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+def dumps(
+    value: Any,
+    sort: Callable[[pickle.PickleBuffer], bool] | None = None,
+    reduce: Callable[[Any], Any] | None = None,
+) -> bytes:
     """Pickle a value, with what no module holds by value.
 
     Args:
         value: what to pickle.
         sort: told of each buffer; those for which it returns False are left out of the pickle.
+        reduce: asked first how an object is reduced; it may say `NotImplemented`.
     """
     with io.BytesIO() as file:
-        _Pickler(file, protocol=5, buffer_callback=sort).dump(value)
+        if reduce is None:
+            pickler = _Pickler(file, protocol=5, buffer_callback=sort)
+        else:
+            pickler = _Reducing(file, protocol=5, buffer_callback=sort)
+            pickler.reduce = reduce
+        pickler.dump(value)
         return file.getvalue()
 
 
@@ -50,3 +60,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     dispatch_table: ClassVar[Mapping[Any, Any]] = ChainMap(
         {**_own, CodeType: _reduce_code}, *_others
     )
+
+
+class _Reducing(_Pickler):
+    """One that is told how to reduce some objects; asking costs a call for each."""
+
+    reduce: Callable[[Any], Any]
+
+    def reducer_override(self, value: Any) -> Any:
+        reduced = self.reduce(value)
+        return super().reducer_override(value) if reduced is NotImplemented else reduced

@@ -7,10 +7,9 @@ the caller's. What cannot be pickled or unpickled raises `SerializationError`, w
 
 from __future__ import annotations
 
-import struct
 from types import BuiltinFunctionType, FunctionType
 
-from whitepool_mp.errors import RemoteError, RemoteTraceback, SerializationError
+from whitepool_mp.errors import SerializationError
 from whitepool_mp.wire.messages import MAX_BUFFERS, PLAIN
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -26,8 +25,6 @@ OUT_OF_BAND = 16 * 1024
 
 LARGE_BYTES = 256 * 1024
 """An argument, or a result, that is a `bytes` of at least this size does so, too."""
-
-_FAILURE = struct.Struct("<II")
 
 Dumped = tuple[bytes, list[pickle.PickleBuffer]]
 Job = tuple[bytes, list[pickle.PickleBuffer], str]
@@ -327,105 +324,17 @@ def _culprit(
     return SerializationError(f"the call of {name} cannot be pickled: {worded(error)}")
 
 
-# --- exceptions -------------------------------------------------------------------------------
-
-
-def dump_failure(error: BaseException, traceback_text: str) -> bytes:
-    """Pickle an exception so that the other side can tell at least its name and traceback."""
-    try:
-        name = type(error).__qualname__
-        module = type(error).__module__
-        if module not in ("builtins", "__main__"):
-            name = f"{module}.{name}"
-    except Exception:
-        name = type(error).__name__
-    outer = pickle.dumps((name, message_of(error), traceback_text), 5)
-    inner = _dump_exception(error) or _dump_exception(_Parts(error)) or b""
-    return _FAILURE.pack(len(outer), len(inner)) + outer + inner
-
-
-def _dump_exception(error: BaseException | _Parts) -> bytes | None:
-    """A pickle that is known to load as an exception, or None."""
-    try:
-        data = dumps_inside(error)
-        loaded = loads(data)
-    except BaseException:  # its own code runs here, and may raise anything
-        return None
-    return data if isinstance(loaded, BaseException) else None
-
-
-class _Parts:
-    """Pickles as an exception that is put together again without its `__init__` or `__reduce__`.
-
-    A class whose `__init__` takes other arguments than it hands on (nothing unusual, and nothing
-    wrong) cannot be unpickled in the ordinary way, which calls it with `args`.
-    """
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def __reduce__(self) -> Any:
-        return rebuild, (type(self._error), self._error.args, self._error.__dict__)
-
-
-def rebuild(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
-    """An exception of this type with these `args` and attributes."""
-    error = kind.__new__(kind, *args)
-    error.args = args
-    error.__dict__.update(state)
-    return error
-
-
-def load_failure(data: bytes | memoryview) -> BaseException:
-    """The exception that `dump_failure` pickled, with the remote traceback as its cause.
-
-    Returns:
-        The exception in its own type, or a `RemoteError` that names it if it cannot be rebuilt.
-    """
-    outer_size, inner_size = _FAILURE.unpack_from(data)
-    start = _FAILURE.size
-    name, message, text = loads(data[start : start + outer_size])
-    problem = "it could not be pickled"
-    if inner_size:
-        try:
-            error = loads(data[start + outer_size : start + outer_size + inner_size])
-            if isinstance(error, BaseException):
-                error.__cause__ = RemoteTraceback(text)
-                return error
-            problem = f"it unpickles as a {type(error).__name__}"
-        except Exception as failing:
-            problem = f"unpickling it here raised {worded(failing)}"
-    wrapped = RemoteError(
-        f"{name}: {message} (the exception itself did not travel: {problem})",
-        type_name=name,
-        message=message,
-        remote_traceback=text,
-    )
-    wrapped.__cause__ = RemoteTraceback(text)
-    return wrapped
-
-
-def failure_traceback(data: bytes | memoryview) -> str:
-    """The traceback text alone; unpickles nothing of the user's."""
-    outer_size, _ = _FAILURE.unpack_from(data)
-    start = _FAILURE.size
-    text: str = loads(data[start : start + outer_size])[2]
-    return text
-
-
 __all__ = [
     "Dumped",
     "Job",
     "dump_arguments",
     "dump_call",
-    "dump_failure",
     "dump_function",
     "dump_job",
     "dump_method",
     "dumps",
-    "failure_traceback",
-    "load_failure",
     "loads",
+    "message_of",
     "named",
     "qualified_name",
     "shorten",

@@ -17,6 +17,7 @@ import time
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import messages, pages, payload
+from whitepool_mp.wire.failures import dump_failure
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
 from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, WORN, Page
 from whitepool_mp.worker.answers import SHORT, Answers, Channel
@@ -302,7 +303,7 @@ class Calls(Answers):
                 f"{payload.shorten(value)} (a {type(value).__qualname__}), cannot be pickled: "
                 f"{payload.worded(error)}"
             )
-        data = payload.dump_failure(error, text)
+        data = dump_failure(error, text)
         took = _clock() - started
         error.__traceback__ = None
         answer = messages.pack(messages.ERROR, step, number, took, data)
