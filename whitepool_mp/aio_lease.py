@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from whitepool_mp.client.answers import Reference
-from whitepool_mp.client.engine_lease import LOST, EngineLease
+from whitepool_mp.client.engine_lease import LOST, RETURNED, EngineLease
 from whitepool_mp.client.looped import FutureSink, Looped
 from whitepool_mp.client.member import Member
 from whitepool_mp.client.tasks import Task
@@ -105,9 +105,13 @@ class AsyncLease:
     async def checkin(self) -> None:
         """Give the worker back. A worker with a call still running is replaced, not reused.
 
+        If the worker is gone (it died, or was killed at a timeout) there is nothing to do.
+
         Raises:
             LeaseError: it was given back already.
         """
+        if self._worker_gone():
+            return
         self._check()
         if self._lease.task is not None:
             await self.destroy()
@@ -121,9 +125,13 @@ class AsyncLease:
     async def destroy(self) -> None:
         """Have the worker killed and replaced; a call still running ends with `LeaseError`.
 
+        If the worker is gone already there is nothing to do.
+
         Raises:
             LeaseError: it was given back already.
         """
+        if self._worker_gone():
+            return
         self._check()
         task = self._lease.task
         if task is not None:
@@ -133,6 +141,11 @@ class AsyncLease:
         else:
             self._driver.engine.destroy(self._lease, "its holder had it destroyed")
         self._driver.settle()
+
+    def _worker_gone(self) -> bool:
+        """Whether the lease ended with its worker, so that there is nothing to give back."""
+        ended = self._lease.ended
+        return ended is not None and ended != RETURNED and self._process == os.getpid()
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)

@@ -163,9 +163,13 @@ class Lease:
     def checkin(self) -> None:
         """Give the worker back. A worker with a call still running is replaced, not reused.
 
+        If the worker is gone (it died, or was killed at a timeout) there is nothing to do.
+
         Raises:
             LeaseError: it was given back already, or is another process's.
         """
+        if self._worker_gone():
+            return
         self._check()
         if not self._busy.acquire(blocking=False):
             self._interrupt("it was checked in while a call was running")
@@ -178,11 +182,14 @@ class Lease:
     def destroy(self) -> None:
         """Have the worker killed and replaced: its resource is broken.
 
-        Called from another thread while a call runs, it ends that call with a `LeaseError`.
+        Called from another thread while a call runs, it ends that call with a `LeaseError`. If the
+        worker is gone already there is nothing to do.
 
         Raises:
             LeaseError: it was given back already, or is another process's.
         """
+        if self._worker_gone():
+            return
         self._check()
         if not self._busy.acquire(blocking=False):
             self._interrupt("its holder had it destroyed")
@@ -202,6 +209,11 @@ class Lease:
         finally:
             self._busy.release()
         return True
+
+    def _worker_gone(self) -> bool:
+        """Whether the lease ended with its worker, so that there is nothing to give back."""
+        hold = self._hold
+        return hold.ended is not None and not hold.returned and hold.process == os.getpid()
 
     def _release(self, how: str) -> None:
         self._forget()

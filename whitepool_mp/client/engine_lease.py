@@ -9,6 +9,8 @@ from whitepool_mp.client.tasks import Task
 from whitepool_mp.wire import frames, messages, pages
 from whitepool_mp.wire.messages import HEAD
 
+RETURNED = "checked in"
+"""How a lease ended that was given back."""
 LOST = "lost (its worker died)"
 """How a lease ended under which the worker died."""
 

@@ -37,6 +37,7 @@ class Hold:
         ended: how it ended, None while it is good.
         told: whether the manager knows that it has ended.
         keep: whether it may be kept between calls, and may be recalled then.
+        returned: whether it ended by being given back; otherwise its worker is gone.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Hold:
         "number",
         "pid",
         "process",
+        "returned",
         "slot",
         "told",
         "worker",
@@ -56,6 +58,7 @@ class Hold:
     def __init__(self, link: Link, grant: frames.Grant) -> None:
         self.told = False
         self.ended: str | None = None
+        self.returned = False
         self.process = os.getpid()
         self.link = link
         _, self.id, self.worker, self.pid, self.slot, self.keep = grant
@@ -93,6 +96,7 @@ class Hold:
     def release(self, member: Member | None, how: str = "checked in") -> None:
         """Give the worker back; and the channel, if the pool's member here is still there."""
         self.ended = how
+        self.returned = True
         channel, self.channel = self.channel, None
         if channel is not None:
             channel.note(pages.RETURNED, self.id)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from whitepool_mp.client.engine_lease import EngineLease
+from whitepool_mp.client.engine_lease import RETURNED, EngineLease
 from whitepool_mp.client.unheard import Unheard
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import frames
@@ -126,7 +126,7 @@ class Requests:
     def checkin(self, lease: EngineLease) -> None:
         """Give a worker back."""
         if lease.ended is None:
-            lease.ended = "checked in"
+            lease.ended = RETURNED
             lease.note_returned()
             if lease.channel is not None:
                 lease.channel.lease = None
