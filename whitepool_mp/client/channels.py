@@ -14,11 +14,11 @@ and that lie on its page included.
 
 from __future__ import annotations
 
-import select
 from collections import deque
 
 from whitepool_mp.client.engine_lease import EngineChannel, EngineLease
 from whitepool_mp.client.link import take_pair
+from whitepool_mp.client.poller import IN, OUT, new_poller
 from whitepool_mp.client.requests import Requests
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import frames, messages
@@ -29,7 +29,7 @@ class Channels(Requests):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoll = select.epoll()
+        self._epoll = new_poller()
         self._fds: deque[int] = deque()  # came with the manager's answers
         self._opening: set[EngineLease] = set()
         self._channels: dict[int, EngineChannel] = {}  # by worker
@@ -69,7 +69,7 @@ class Channels(Requests):
         self._channels[lease.worker] = channel
         fd = channel.sock.fileno()
         self._by_fd[fd] = channel
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, IN)
         if lease.ended is None:
             self.jobs.opened(lease, channel)
         else:
@@ -86,7 +86,7 @@ class Channels(Requests):
         """Write what is queued, now or when the worker reads."""
         fd = channel.sock.fileno()
         if fd >= 0 and not channel.push():
-            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+            self._epoll.modify(fd, IN | OUT)
 
     # --- from the workers -----------------------------------------------------------------
 

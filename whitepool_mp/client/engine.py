@@ -36,6 +36,7 @@ from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineLease
 from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, TimedOut, dial, new_link
 from whitepool_mp.client.member import Member
+from whitepool_mp.client.poller import IN, OUT
 from whitepool_mp.client.tasks import Sink, Task
 from whitepool_mp.errors import PoolClosed, ProtocolError, WhitepoolError
 from whitepool_mp.wire import descriptors, frames, ledger
@@ -70,8 +71,8 @@ class Engine(Channels):
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.RLock()  # a collected lease posts from anywhere
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._epoll.register(self._sock.fileno(), select.EPOLLIN)
-        self._epoll.register(self._wake, select.EPOLLIN)
+        self._epoll.register(self._sock.fileno(), IN)
+        self._epoll.register(self._wake, IN)
         self.jobs = Dispatcher(self)
         self._inbox: deque[Task] = deque()
         self._mark = _no_mark()  # whether there may be jobs: soon one that the manager sees
@@ -154,14 +155,14 @@ class Engine(Channels):
                 os.eventfd_read(self._wake)
                 self._run_posted()
             elif self._sock.fileno() == fd:
-                if events & ~select.EPOLLOUT:
+                if events & ~OUT:
                     self._hear_manager()
             elif (channel := self._by_fd.get(fd)) is not None:
-                if events & select.EPOLLOUT:
+                if events & OUT:
                     if channel.push():
-                        self._epoll.modify(fd, select.EPOLLIN)
+                        self._epoll.modify(fd, IN)
                     self.jobs.sent(channel)
-                if events & ~select.EPOLLOUT and channel.sock.fileno() >= 0:
+                if events & ~OUT and channel.sock.fileno() >= 0:
                     self._hear_worker(channel)
         now = time.monotonic()
         while (when := self.next_deadline()) is not None and when <= now:
@@ -199,7 +200,7 @@ class Engine(Channels):
         del self._outbox[:sent]
         if bool(self._outbox) is not self._writing:
             self._writing = bool(self._outbox)
-            events = select.EPOLLIN | (select.EPOLLOUT if self._writing else 0)
+            events = IN | (OUT if self._writing else 0)
             self._epoll.modify(self._sock.fileno(), events)
 
     def _take_in(self) -> None:
@@ -339,7 +340,7 @@ class Engine(Channels):
         self._epoll.unregister(fd)
         os.dup2(sock.fileno(), fd, inheritable=False)
         sock.close()
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, IN)
         self._writing = False
         self._decoder = frames.FrameDecoder()
         while self._fds:

@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from typing import Any
 
+from whitepool_mp.client import poller
 from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, TimedOut, dial, new_link
 from whitepool_mp.client.unheard import Unheard
 from whitepool_mp.wire import descriptors, frames
@@ -74,6 +75,7 @@ class Link:
     """
 
     def __init__(self, path: str, key: bytes, member: bytes, deadline: float | None = None) -> None:
+        poller.check()
         self._joining = path, key, member
         self._id = new_link()
         self._fds: deque[int] = deque()

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+from whitepool_mp.client.poller import check as check_waiting
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
@@ -53,6 +54,7 @@ class Owner:
     """
 
     def __init__(self, config: PoolConfig) -> None:
+        check_waiting()
         if not hasattr(os, "pidfd_open") or not hasattr(os, "memfd_create"):
             raise WhitepoolError(
                 f"whitepool_mp needs Linux 5.3 or newer; this is {sys.platform}, without pidfds"
@@ -204,8 +206,11 @@ class Owner:
 
     def _reap(self) -> None:
         try:
-            _, status = os.waitpid(self.manager, 0)
-            self.exitcode = os.waitstatus_to_exitcode(status)
+            # Not waitpid: gevent's waits for its own event loop to reap the process.
+            ended = os.waitid(os.P_PID, self.manager, os.WEXITED)
+            assert ended is not None
+            code = ended.si_status
+            self.exitcode = code if ended.si_code == os.CLD_EXITED else -code
         except ChildProcessError:
             self.exitcode = None  # other code of this process reaped it
         os.close(self._pidfd)
