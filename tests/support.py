@@ -84,8 +84,8 @@ def descriptors() -> dict[int, str]:
 def files() -> set[str]:
     """Temporary folders of pools, and shared memory."""
     pools = {entry for entry in os.listdir(tempfile.gettempdir()) if entry.startswith("whitepool-")}
-    # Other programs have some there, too; we have none of these two kinds.
-    foreign = ("PostgreSQL.", "sem.loky-")
+    # Other programs have some there, too, and tests of what multiprocessing shares.
+    foreign = ("PostgreSQL.", "psm_", "pym-", "sem.loky-", "sem.mp-")
     shared = {entry for entry in os.listdir("/dev/shm") if not entry.startswith(foreign)}
     return pools | {f"/dev/shm/{entry}" for entry in shared}
 

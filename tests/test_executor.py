@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, as_completed, wait
 from pathlib import Path
+from typing import Any
 
+import deeds
 import errands
 import pytest
 from support import pipe_writer, processes, until
@@ -329,3 +332,75 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def test_every_call_of_a_map_is_made_though_nobody_takes_a_result(
+    executor: SessionExecutor, tmp_path: Path
+) -> None:
+    path = tmp_path / "ran"
+    executor.map(errands.step, [path] * 300, range(300), [deeds.nap, None, None] * 100)
+    executor.map(errands.step, [path] * 300, range(300, 600), chunksize=7)
+    executor.shutdown()
+    assert errands.run_count(path) == 600
+
+
+def test_a_map_reads_all_of_its_input_when_it_is_called(executor: SessionExecutor) -> None:
+    numbers = list(range(5000))
+    for items in (numbers, iter(list(numbers))):
+        results = executor.map(errands.square, items)
+        numbers[:] = []
+        assert list(results) == [n * n for n in range(5000)]
+        assert list(items) == []
+        numbers[:] = range(5000)
+
+
+def test_a_map_with_a_buffer_reads_no_further_than_that(executor: SessionExecutor) -> None:
+    read = []
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            read.append(number)
+            yield number
+
+    results = executor.map(errands.square, numbers(), buffersize=5)
+    for number in range(100):
+        assert next(results) == number * number
+        assert number < len(read) <= number + 1 + 5
+    executor.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        list(results)
+
+
+def test_cancelling_futures_cancels_what_a_map_has_not_begun(
+    executor: SessionExecutor, tmp_path: Path
+) -> None:
+    path = tmp_path / "ran"
+    results = executor.map(errands.step, [path] * 5000, range(5000), [deeds.nap] * 5000)
+    assert next(results) == 0
+    executor.shutdown(cancel_futures=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        list(results)
+    assert errands.run_count(path) < 2000
+
+
+def test_a_map_outlives_its_executor(executor: SessionExecutor) -> None:
+    results = executor.map(errands.square, range(1000), chunksize=10)
+    executor.shutdown()
+    assert list(results) == [n * n for n in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"chunksize": 0}, ValueError),
+        ({"chunksize": "1"}, TypeError),
+        ({"buffersize": 0}, ValueError),
+        ({"buffersize": 1.5}, TypeError),
+        ({"timeout": -1}, ValueError),
+    ],
+)
+def test_an_impossible_option_of_a_map_is_refused_by_name(
+    executor: SessionExecutor, options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=next(iter(options))):
+        executor.map(errands.square, range(4), **options)

@@ -261,12 +261,14 @@ class AsyncSession:
         return_exceptions: bool = False,
     ) -> AsyncIterator[T]:
         """Run `fn` on each item: `async for y in session.map(fn, xs)`; as `Session.map`."""
+        if not iterables:
+            raise TypeError("map() needs at least one iterable")
         session = Session(self._member)
         job: MapJob = session._map_job(fn, iterables, timeout, chunksize, with_resource)
         driver = self._driver()
         job._send = driver.engine.submit
         # (Not at once: an iterator that is dropped is closed at any moment.)
-        job.recant = lambda: driver.engine.post(driver.engine.recant_all, job)
+        job.recant = lambda running: driver.engine.post(driver.engine.recant_all, job, running)
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         came = asyncio.Event()

@@ -211,6 +211,19 @@ def check_timeout(name: str, value: object) -> float | None:
     return None if math.isinf(seconds) else seconds
 
 
+def check_count(name: str, value: object) -> None:
+    """Check a number of calls.
+
+    Args:
+        name: what the user calls it, for the message.
+        value: an int >= 1.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    _check_int(name, value, 1, "")
+
+
 def worker_env(config: PoolConfig) -> dict[str, str]:
     """What a worker's environment has on top of what it inherits.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as _Base
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from whitepool_mp.config import check_count, check_timeout
 from whitepool_mp.errors import PoolClosed
+from whitepool_mp.jobs import MapJob, iterate
 from whitepool_mp.pool import Pool
 from whitepool_mp.wire import payload
 
@@ -33,6 +36,7 @@ class SessionExecutor(_Base):
         self._session = session
         self._lock = threading.RLock()  # code that is run at any moment may submit, or end this
         self._open: set[JobFuture] = set()
+        self._maps: dict[Future[None], MapJob] = {}
         self._closed = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -66,22 +70,74 @@ class SessionExecutor(_Base):
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
-        **more: Any,
+        buffersize: int | None = None,
     ) -> Iterator[T]:
-        """As `concurrent.futures.Executor.map`; calls that are short travel together by themselves.
+        """Call `fn` with each item (or items of several iterables together) in the workers.
+
+        All input is read now, and every call is made, also if nobody takes the results.
+
+        Args:
+            fn: the function; it is pickled once.
+            iterables: as for the built-in `map`.
+            timeout: at most how many seconds from now until a result is there; None for no limit.
+            chunksize: how many calls to send to a worker together; with 1, short calls travel
+                together, as many as fit.
+            buffersize: how many calls may be sent before the first result that was not taken; the
+                input is read as results are taken. None for all of them.
+
+        Returns:
+            An iterator over the results, in order. One that ends early (closed, or by an exception)
+            leaves what no worker has begun undone.
 
         Raises:
-            RuntimeError, SerializationError: as for `submit`.
-            ValueError: an impossible `chunksize`, which otherwise makes no difference.
+            RuntimeError: after `shutdown`, or the end of the pool.
+            SerializationError: the function cannot be pickled. (An argument that cannot be fails
+                its call.)
+            concurrent.futures.TimeoutError: from the iterator: a result was not there in time.
+            TypeError, ValueError: an impossible `chunksize`, `buffersize` or `timeout`.
         """
-        if chunksize < 1:
-            raise ValueError(f"chunksize: got {chunksize!r}; allowed: an int >= 1")
-        return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **more)
+        check_count("chunksize", chunksize)
+        if buffersize is not None:
+            check_count("buffersize", buffersize)
+        seconds = check_timeout("timeout", timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        job = self._session._map_job(
+            fn,
+            iterables,
+            None,
+            None if chunksize == 1 else chunksize,
+            False,
+            whole=buffersize is None,
+            ahead=buffersize,
+        )
+        end: Future[None] = Future()
+        job.finished = lambda: self._finished(end)
+        results = iterate(job, True, False, None, deadline)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(_CLOSED)
+            try:
+                self._session._send_map(job)
+            except PoolClosed as error:
+                raise RuntimeError(f"{_CLOSED}: {error}") from error
+            self._maps[end] = job
+        job.feed()
+        return results
+
+    def _finished(self, end: Future[None]) -> None:
+        """Every call of a map has ended, or never will begin."""
+        with self._lock:
+            known = self._maps.pop(end, None) is not None
+        if known:
+            end.set_result(None)
+            self._ended(end)
 
     def _ended(self, future: Future[Any]) -> None:
         with self._lock:
             self._open.discard(future)
-            last = self._closed and not self._open
+            last = self._closed and not (self._open or self._maps)
         if last:
             self._after_last()
 
@@ -99,10 +155,13 @@ class SessionExecutor(_Base):
         """
         with self._lock:
             already, self._closed = self._closed, True
-            remaining = set(self._open)
+            futures, maps = set(self._open), dict(self._maps)
         if cancel_futures:
-            for future in remaining:
+            for future in futures:
                 future.cancel(running=False)
+        for job in maps.values():
+            (job.close if cancel_futures else job.shut)()
+        remaining: set[Future[Any]] = {*futures, *maps}
         if not remaining and not already:
             self._after_last()
         engine = self._session._member.running_engine()

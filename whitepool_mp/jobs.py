@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, TimeoutError
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.tasks import Task
+from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import messages, payload
 from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
     from whitepool_mp.client.member import Member
+    from whitepool_mp.wire.payload import Dumped
 
 CHUNK_SECONDS = 0.005
 """How long a chunk of a map should run: enough to pay for its message, short enough to share; and
@@ -40,11 +45,13 @@ _SIZED = {str, bytes}
 class MapJob:
     """The calls of one `map`: reads its input lazily, keeps the workers fed, hands results out.
 
-    The input is read by whoever iterates, in their thread: at most a window ahead of the workers,
-    and a few windows ahead of the results handed out. A chunk grows or shrinks so that it runs for
-    about `CHUNK_SECONDS`, and is sent as it is when its input takes longer; each of its calls is
-    answered, fails and dies on its own. Plain values of a list, a tuple or a range go in bulk, for
-    about `BULK_SECONDS` at a time.
+    The input is read in the thread that takes the results: at most a window ahead of the workers,
+    and a few windows, or `ahead` calls, ahead of the results handed out. With `whole` it is read
+    and pickled at the start, and sent as results come, whether or not they are taken.
+
+    A chunk grows or shrinks so that it runs for about `CHUNK_SECONDS`, and is sent as it is when
+    its input takes longer; each of its calls is answered, fails and dies on its own. Plain values
+    of a list, a tuple or a range go in bulk, for about `BULK_SECONDS` at a time.
 
     Args:
         member: the pool.
@@ -55,6 +62,9 @@ class MapJob:
         timeout: how many seconds each call may take, or None.
         chunksize: how many calls to send together, or None to let it be measured.
         send: where tasks go.
+        whole: whether to read all of the input now.
+        ahead: how many calls may be sent before the first result that was not taken; None for a few
+            windows.
     """
 
     def __init__(
@@ -67,18 +77,28 @@ class MapJob:
         timeout: float | None,
         chunksize: int | None,
         send: Callable[[Task], None],
+        whole: bool = False,
+        ahead: int | None = None,
     ) -> None:
         self.member = member
         self.name = payload.qualified_name(fn)
         self.fn = fn
         self.total = total
         self._function = payload.dump_function(fn)
-        self._inputs: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        self._whole = whole
+        self._ahead = ahead
         self._column: Sequence[Any] | None = None
         # (A range may be longer than can be told, and is then read one by one.)
         plain = len(iterables) == 1 and type(iterables[0]) in (list, tuple, range)
         if plain and timeout is None and total is not None:
             self._column = cast("Sequence[Any]", iterables[0])
+            if whole and type(self._column) is list:
+                self._column = tuple(self._column)
+        self._inputs: Iterator[Dumped | Exception] = self._dumped(zip(*iterables, strict=False))
+        if whole and self._column is None:
+            dumped = deque(self._inputs)
+            self.total = len(dumped)
+            self._inputs = iter(dumped)
         self._flags = flags
         self._timeout = timeout
         self._chunksize = chunksize
@@ -86,13 +106,17 @@ class MapJob:
         self.site = ""
         self.exhausted = False
         self.read = 0
-        self.ended = 0
+        self._answered = 0  # counted by the engine alone, ...
+        self._unsent = 0  # ... and what failed before it was sent by who feeds
         self.handed = 0
         self._mean = 0.0  # seconds for a call, as measured
         # Index, whether they returned, and their values; or count, skip and message of a bulk.
         self._results: deque[tuple[int, bool | None, Any]] = deque()
+        self._feeding = threading.RLock()
+        self._fed = self._shut = self._closed = False
         self.notify: Callable[[], None] = lambda: None
-        self.recant: Callable[[], None] = lambda: None
+        self.finished: Callable[[], None] = lambda: None
+        self.recant: Callable[[bool], None] = lambda running: None
 
     @property
     def chunk(self) -> int:
@@ -113,6 +137,11 @@ class MapJob:
         return max(1, min(size, largest))
 
     @property
+    def ended(self) -> int:
+        """How many calls have ended, or will never begin."""
+        return self._answered + self._unsent
+
+    @property
     def done(self) -> bool:
         """Whether every result was handed out."""
         return self.exhausted and self.handed == self.read
@@ -122,15 +151,30 @@ class MapJob:
 
         Input that is slow to come does not hold back results that are there.
         """
+        with self._feeding:
+            if self._fed:  # a task that failed at once has led back here
+                return
+            self._fed = True
+            try:
+                self._feed()
+            finally:
+                self._fed = False
+        self._look_for_end()
+
+    def _feed(self) -> None:
         capacity = self.member.capacity
         began = time.monotonic()
-        while not self.exhausted:
+        while not (self.exhausted or self._closed or self._shut):
             chunk = self.chunk
+            if self._ahead is not None:
+                chunk = min(chunk, self._ahead - (self.read - self.handed))
             window = max(2 * capacity * chunk, capacity + 1)
-            if self.read - self.ended >= window or self.read - self.handed >= AHEAD * window:
+            if self.read - self.ended >= window or chunk < 1:
+                return
+            if not self._whole and self.read - self.handed >= AHEAD * window:
                 return
             self._send_chunk(chunk)
-            if self._results and time.monotonic() - began >= CHUNK_SECONDS:
+            if self._results and time.monotonic() - began >= CHUNK_SECONDS and not self._whole:
                 return
 
     def _send_bulk(self, column: Sequence[Any], size: int) -> bool:
@@ -146,12 +190,12 @@ class MapJob:
                 values = values[: len(values) * ITEM_INLINE // weight]
             if not (types <= messages.PLAIN and values) and first < len(column):
                 self._column = None
-                self._inputs = zip(islice(column, first, None), strict=False)
+                self._inputs = self._dumped(zip(islice(column, first, None), strict=False))
                 return False
         self.read += len(values)
         self.exhausted = self.read >= len(column)
         if values:  # they are the task's from here on
-            self._send(self._task(values, first, messages.BULK))
+            self._post(self._task(values, first, messages.BULK))
         return True
 
     def _send_chunk(self, size: int) -> None:
@@ -162,27 +206,26 @@ class MapJob:
         weight = 0
         began = time.monotonic()
         for _ in range(size):
-            try:
-                args = next(self._inputs)
-            except StopIteration:
+            dumped = next(self._inputs, None)
+            if dumped is None:
                 self.exhausted = True
                 break
             self.read += 1
-            try:
-                data, buffers = payload.dump_arguments(self.fn, args, {})
-            except Exception as error:  # that one call fails, where its result would have been
+            if isinstance(dumped, Exception):  # that one call fails, where its result would be
                 if items:
-                    self._send(self._task(items, first))
-                self._put(self.read - 1, False, error)
+                    self._post(self._task(items, first))
+                self._unsent += 1
+                self._put(self.read - 1, False, dumped)
                 items, first = [], self.read
                 continue
+            data, buffers = dumped
             if buffers or len(data) > ITEM_INLINE:
                 if items:
-                    self._send(self._task(items, first))
+                    self._post(self._task(items, first))
                 single = messages.pack_split(self._function, data)
                 flags = self._flags | messages.SPLIT
                 index = self.read - 1
-                self._send(
+                self._post(
                     Task(
                         self.name,
                         self,
@@ -203,7 +246,26 @@ class MapJob:
             if self._chunksize is None and time.monotonic() - began >= CHUNK_SECONDS:
                 break
         if items:
-            self._send(self._task(items, first))
+            self._post(self._task(items, first))
+
+    def _post(self, task: Task) -> None:
+        """Send a task. If the pool has ended its calls fail, where nobody may be there to hear."""
+        try:
+            self._send(task)
+        except WhitepoolError as error:
+            if not self._whole:
+                raise
+            for index in range(task.first, task.first + task.count):
+                self._unsent += 1
+                self._put(index, False, copy.copy(error))
+
+    def _dumped(self, inputs: Iterable[tuple[Any, ...]]) -> Iterator[Dumped | Exception]:
+        """The arguments of each call, pickled, or why they cannot be."""
+        for args in inputs:
+            try:
+                yield payload.dump_arguments(self.fn, args, {})
+            except Exception as error:
+                yield error
 
     def _task(self, items: Sequence[Any], first: int, kind: int = messages.CALL) -> Task:
         return Task(
@@ -221,22 +283,30 @@ class MapJob:
     # Sink
 
     def began(self, task: Task) -> bool:
+        if self._closed:
+            self.dropped(task)
         return not self._closed
+
+    def dropped(self, task: Task) -> None:
+        self._answered += task.left
+        self._came()
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         self._learn(message.token / 1e9)
         returned, value = open_answer(message, self.name, 0, self.member.name)
+        self._answered += 1
         self._put(index, returned, value)
 
     def returned(
         self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
     ) -> None:
         self._learn(seconds, count)
-        self.ended += count
+        self._answered += count
         self._results.append((index, None, (count, skip, results)))
-        self.notify()
+        self._came()
 
     def failed(self, task: Task, index: int, error: BaseException) -> None:
+        self._answered += 1
         self._put(index, False, error)
 
     def _learn(self, seconds: float, count: int = 1) -> None:
@@ -247,9 +317,19 @@ class MapJob:
         self._mean = old * self._mean + (1 - old) * seconds
 
     def _put(self, index: int, returned: bool, value: Any) -> None:
-        self.ended += 1
         self._results.append((index, returned, [value]))
+        self._came()
+
+    def _came(self) -> None:
+        """Results came."""
+        if self._whole:
+            self.feed()
         self.notify()
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self.ended == self.read and (self.exhausted or self._closed or self._shut):
+            self.finished()
 
     def take(self) -> tuple[int, bool, list[Any]] | None:
         """Calls that ended one after the other, if there are some not yet taken: the first one's
@@ -262,13 +342,32 @@ class MapJob:
             return index, True, messages.load_results(results)[skip : skip + count]
         return index, returned, values
 
-    _closed = False
+    @property
+    def is_shut(self) -> bool:
+        """Whether every result of what was read was handed out, and no more may be read."""
+        return self._shut and self.handed == self.read
 
-    def close(self) -> None:
-        """Nobody wants the rest: what no worker has begun never runs."""
+    @property
+    def cut_short(self) -> bool:
+        """Whether it was closed, and no more results come."""
+        return self._closed and self.ended == self.read and not self._results
+
+    def shut(self) -> None:
+        """Read no more input, unless all of it was read at the start."""
+        self._shut = not self._whole
+        self._look_for_end()
+
+    def close(self, running: bool = False) -> None:
+        """Nobody wants the rest: what no worker has begun never runs.
+
+        Args:
+            running: whether to kill the workers of calls that run, too.
+        """
         self._closed = True
         if self.ended < self.read:
-            self.recant()
+            self.recant(running)
+        self.notify()
+        self._look_for_end()
 
 
 class Ordering:
@@ -293,23 +392,57 @@ class Ordering:
         return found
 
 
-def iterate(job: MapJob, ordered: bool, return_exceptions: bool, bar: Any) -> Iterator[Any]:
-    """The results of a map, for a blocking caller."""
+def iterate(
+    job: MapJob,
+    ordered: bool,
+    return_exceptions: bool,
+    bar: Any,
+    deadline: float | None = None,
+) -> Iterator[Any]:
+    """The results of a map, for a blocking caller; they are counted from now on.
+
+    Raises:
+        concurrent.futures.TimeoutError: a result had not come by the deadline, on the monotonic
+            clock.
+    """
     signals: queue.SimpleQueue[None] = queue.SimpleQueue()
     job.notify = lambda: signals.put(None)
+    return _iterate(job, signals, ordered, return_exceptions, bar, deadline)
+
+
+def _iterate(
+    job: MapJob,
+    signals: queue.SimpleQueue[None],
+    ordered: bool,
+    return_exceptions: bool,
+    bar: Any,
+    deadline: float | None,
+) -> Iterator[Any]:
     ordering = Ordering(ordered)
     try:
         while True:
             job.feed()
             if job.done:
                 return
+            if job.is_shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
             while (found := ordering.pop()) is None:
-                signals.get()
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    signals.get(timeout=left)
+                except queue.Empty:
+                    job.close(running=True)
+                    raise TimeoutError(
+                        f"a result of {job.name} had not come in time; the map was given up, and "
+                        "the workers of its calls that were running are being replaced"
+                    ) from None
                 result = job.take()
-                assert result is not None
-                ordering.add(*result)
-                if bar is not None:
-                    bar.update(len(result[2]))
+                if result is not None:
+                    ordering.add(*result)
+                    if bar is not None:
+                        bar.update(len(result[2]))
+                elif job.cut_short:
+                    raise CancelledError
                 job.feed()
             returned, values = found
             job.handed += len(values)

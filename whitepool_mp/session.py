@@ -17,7 +17,7 @@ from whitepool_mp.client.link import ChannelBroken, Link
 from whitepool_mp.client.member import Member, Ticket, refusal
 from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS
-from whitepool_mp.config import check_timeout
+from whitepool_mp.config import check_count, check_timeout
 from whitepool_mp.errors import CallTimeout, CheckoutTimeout, LeaseError
 from whitepool_mp.lease import Lease, broken_off, unreached
 from whitepool_mp.status import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from whitepool_mp.aio import AsyncSession
     from whitepool_mp.client.future import JobFuture
     from whitepool_mp.executor import SessionExecutor
+    from whitepool_mp.jobs import MapJob
 
 T = TypeVar("T")
 
@@ -372,13 +373,19 @@ class Session:
         """
         from whitepool_mp.jobs import iterate, progress_bar
 
+        if not iterables:
+            raise TypeError("map() needs at least one iterable")
         job = self._map_job(fn, iterables, timeout, chunksize, with_resource)
-        threaded = self._member.threaded()
-        job._send = threaded.submit
-        job.recant = lambda: threaded.recant_all(job)
-        job.site = caller_site()
+        self._send_map(job)
         bar = progress_bar(progress, job.total, job.name)
         return iterate(job, ordered, return_exceptions, bar)
+
+    def _send_map(self, job: MapJob) -> None:
+        """Have a map's calls made by this process's engine."""
+        threaded = self._member.threaded()
+        job._send = threaded.submit
+        job.recant = lambda running: threaded.recant_all(job, running)
+        job.site = caller_site()
 
     def _map_job(
         self,
@@ -387,19 +394,18 @@ class Session:
         timeout: float | None,
         chunksize: int | None,
         with_resource: bool,
+        **reading: Any,
     ) -> Any:
         from whitepool_mp.jobs import MapJob, known_length
 
-        if not iterables:
-            raise TypeError("map() needs at least one iterable")
-        if chunksize is not None and (
-            isinstance(chunksize, bool) or not isinstance(chunksize, int) or chunksize < 1
-        ):
-            raise ValueError(f"chunksize: got {payload.shorten(chunksize)}; allowed: an int >= 1")
+        if chunksize is not None:
+            check_count("chunksize", chunksize)
         seconds = check_timeout("timeout", timeout)
         flags = self._flags(with_resource)
         total = known_length(iterables)
-        return MapJob(self._member, fn, iterables, total, flags, seconds, chunksize, _nowhere)
+        return MapJob(
+            self._member, fn, iterables, total, flags, seconds, chunksize, _nowhere, **reading
+        )
 
     # --- looking --------------------------------------------------------------------------
 

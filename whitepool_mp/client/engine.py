@@ -409,10 +409,10 @@ class Engine(Channels):
         if not self._closed:
             self.jobs.recant(task, recanted)
 
-    def recant_all(self, sink: Sink) -> None:
-        """Nobody wants what a sink waits for any more, but for what has begun."""
+    def recant_all(self, sink: Sink, running: bool = False) -> None:
+        """Nobody wants what a sink waits for any more; or, unless `running`, what has not begun."""
         if not self._closed:
-            self.jobs.recant_all(sink)
+            self.jobs.recant_all(sink, running)
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

@@ -83,9 +83,9 @@ class Threaded:
         """Give a task of one call up if it has not begun, and say so then."""
         self.engine.post(self.engine.recant, task, recanted)
 
-    def recant_all(self, sink: Sink) -> None:
-        """Give up what a sink waits for, but for what has begun."""
-        self.engine.post(self.engine.recant_all, sink)
+    def recant_all(self, sink: Sink, running: bool = False) -> None:
+        """Give up what a sink waits for; or, unless `running`, what of it has not begun."""
+        self.engine.post(self.engine.recant_all, sink, running)
 
     def inside(self) -> bool:
         """Whether the calling code runs in the engine's thread (a future's callback)."""
