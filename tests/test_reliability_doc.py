@@ -7,7 +7,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 LINES = (TESTS.parent / "docs" / "reliability.md").read_text().splitlines()
-NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
+NAMED = re.compile(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`")
 UNBUILT = re.compile(r"not built yet")
 
 
