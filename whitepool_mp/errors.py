@@ -6,6 +6,7 @@
     ├── CheckoutTimeout        no worker became free in time         (also a TimeoutError)
     ├── CallTimeout            a call took too long                  (also a TimeoutError)
     ├── ShutdownTimeout        the pool did not drain in time        (also a TimeoutError)
+    ├── ShutdownIncomplete     the pool ended, and something was lost
     ├── ManagerDied            the pool's manager process is gone
     ├── FactoryFailed          workers cannot start
     ├── LeaseError             a lease used when or where it is not valid
@@ -40,6 +41,7 @@ __all__ = [
     "RemoteError",
     "RemoteTraceback",
     "SerializationError",
+    "ShutdownIncomplete",
     "ShutdownTimeout",
     "WhitepoolError",
     "WorkerDied",
@@ -144,6 +146,26 @@ class ShutdownTimeout(WhitepoolError, TimeoutError):
 
     The pool still refuses new work. Wait again, or end it now with ``session.terminate()``.
     """
+
+
+class ShutdownIncomplete(WhitepoolError):
+    """``safe_shutdown()`` ended the pool, and what it had promised to finish was lost.
+
+    Somebody killed a worker under a lease, or terminated the pool, while it was shutting down; or
+    the pool had been ended before jobs of this process were done. Each of these calls has ended
+    with an error of its own (``WorkerDied``, ``PoolClosed``), which says whether it had started. A
+    worker that its own call ended (a crash, ``os._exit``) is not counted: its future tells.
+
+    Attributes:
+        jobs: how many jobs that this process had submitted ended in ``PoolClosed``.
+        leases: how many leases, of any process, were lost while the pool was shutting down,
+            checkouts that still waited included. (A job that was running may be counted in both.)
+    """
+
+    def __init__(self, message: str = "", jobs: int = 0, leases: int = 0) -> None:
+        super().__init__(message)
+        self.jobs = jobs
+        self.leases = leases
 
 
 class ManagerDied(WhitepoolError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,7 @@ from concurrent.futures import Executor as _Base
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from whitepool_mp.errors import PoolClosed
+from whitepool_mp.errors import PoolClosed, ShutdownIncomplete
 from whitepool_mp.pool import Pool
 from whitepool_mp.wire import payload
 
@@ -142,11 +143,12 @@ class Executor(SessionExecutor):
         super().__init__(self._pool.run_service())
 
     def _after_last(self) -> None:
-        self._session.safe_shutdown()
+        with contextlib.suppress(ShutdownIncomplete):  # each future tells what became of it
+            self._session.safe_shutdown()
 
     def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:
         wait(remaining)
-        self._session.safe_shutdown()
+        self._after_last()
 
 
 def _initialize(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:

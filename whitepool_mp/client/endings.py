@@ -132,6 +132,7 @@ class Endings(Flights):
         def told(answer: object) -> None:
             self.running -= 1
             if isinstance(answer, WhitepoolError):
+                self.unserved += 1
                 task.sink.failed(task, index, copy.copy(answer))
                 return
             member = self._engine.member()
@@ -237,7 +238,7 @@ class Endings(Flights):
         for lease in {*leases, *self._leases.values()}:
             lease.ended = "lost (the manager is gone)"
             for task in self._withdraw(lease):
-                self.fail_all(task, error)
+                self.lose(task, error)
         self._leases.clear()
         self.free.clear()
         self.passing.clear()
@@ -245,11 +246,18 @@ class Endings(Flights):
         self._stacked.clear()
         self._long.clear()
         self._unkept.clear()
-        self._fail_pending(error)
+        while self._pending:
+            self.lose(self._pending.popleft(), error)
 
     def _fail_pending(self, error: BaseException) -> None:
         while self._pending:
             self.fail_all(self._pending.popleft(), error)
+
+    def lose(self, task: Task, error: BaseException) -> None:
+        """A task was accepted, and the pool has ended."""
+        if not task.cancelled:
+            self.unserved += task.left
+        self.fail_all(task, error)
 
     def fail_all(self, task: Task, error: BaseException) -> None:
         """No call of a task will be answered.

@@ -265,6 +265,7 @@ class Crew(Births):
             rss=hand.page.rss,
             stderr=last_lines(hand.said),
             oom_killed=oom_killed,
+            running=hand.page.busy(),
         )
         self._drop_control(hand)
         if hand.stacks is not None:

@@ -2,8 +2,8 @@
 
 It ends when the pool is drained or terminated, or its owner asks for it, dies, or becomes another
 program (three descriptors in the one wait). Signals of others end nothing (`wire.signals`). Its
-last acts: every worker and the nursery dead and reaped, the folder removed, whoever waits for the end
-told.
+last acts: every worker and the nursery dead and reaped, the folder removed, and those who wait for
+the end told.
 
 A manager that is not the pool's first takes over what the last one left (`takeover`).
 """

@@ -34,17 +34,20 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # as in `worker.linux`
 
-_FAULTS = {
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGABRT,
-    signal.SIGTRAP,
-    signal.SIGSYS,
-}
+FAULTS = frozenset(
+    (
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGABRT,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    )
+)
+"""What a process is sent for what it did itself."""
 _OWN = {signal.SIGKILL, signal.SIGSTOP, signal.SIGXCPU}
-OTHERS = frozenset(int(number) for number in signal.valid_signals() - _FAULTS - _OWN)
+OTHERS = frozenset(int(number) for number in signal.valid_signals() - FAULTS - _OWN)
 """What is blocked in the manager and the nursery. (The manager opens two that it uses itself.)"""
 SPARED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """What does nothing to a worker unless user code says otherwise."""
