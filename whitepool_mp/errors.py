@@ -157,7 +157,7 @@ class ShutdownIncomplete(WhitepoolError):
     worker that its own call ended (a crash, ``os._exit``) is not counted: its future tells.
 
     Attributes:
-        jobs: how many jobs that this process had submitted ended in ``PoolClosed``.
+        jobs: how many jobs that this process had submitted were lost.
         leases: how many leases, of any process, were lost while the pool was shutting down,
             checkouts that still waited included. (A job that was running may be counted in both.)
     """

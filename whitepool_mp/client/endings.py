@@ -27,7 +27,7 @@ from whitepool_mp.client.flights import Flights
 from whitepool_mp.client.member import worker_died
 from whitepool_mp.client.tasks import MAX_DEATHS, Sink, Task
 from whitepool_mp.errors import CallTimeout, WhitepoolError
-from whitepool_mp.wire import messages
+from whitepool_mp.wire import frames, messages, signals
 
 
 class Endings(Flights):
@@ -139,6 +139,9 @@ class Endings(Flights):
             pool = member.name if member is not None else ""
             assert answer is None or isinstance(answer, dict)
             error = worker_died(pool, lease.slot, lease.pid, name, began, answer)
+            draining = member is not None and member.draining
+            if draining or error.reason == frames.TERMINATED:
+                self.unserved += signals.was_killed(error.exitcode)
             task.sink.failed(task, index, error)
 
         self._engine.ask_why(lease, told)

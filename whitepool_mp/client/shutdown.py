@@ -76,7 +76,8 @@ def complain(name: str, jobs: int, answer: Any) -> None:
 
     Args:
         name: the pool's.
-        jobs: how many jobs of this process failed because the pool had ended.
+        jobs: how many jobs of this process failed because the pool had ended, or their workers
+            were killed during the shutdown.
         answer: the manager's to DRAIN, or None.
 
     Raises:
@@ -85,7 +86,10 @@ def complain(name: str, jobs: int, answer: Any) -> None:
     leases, named = (answer["lost"], answer["named"]) if isinstance(answer, dict) else (0, [])
     parts = []
     if jobs:
-        parts.append(f"{jobs} submitted job(s) of this process ended because the pool did")
+        parts.append(
+            f"{jobs} submitted job(s) of this process failed, since their workers were killed or "
+            "the pool had ended"
+        )
     if leases:
         text = "; ".join(named) or "under an earlier manager"
         parts.append(f"{leases} lease(s) or waiting checkout(s) were lost: {text}")

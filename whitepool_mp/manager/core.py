@@ -386,9 +386,7 @@ class Manager:
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
             # It was kept and has been recalled; or it is the end of the pool.
-            ended = (
-                {"reason": "the pool was terminated"} if self._broker.status().draining else None
-            )
+            ended = {"reason": frames.TERMINATED} if self._broker.status().draining else None
             self._door.send(client, frames.reply(number, ended))
             return
         self._asking.setdefault(worker, []).append((client, number))

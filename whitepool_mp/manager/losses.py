@@ -50,7 +50,7 @@ class Losses:
             obituary: how it ended.
         """
         promised = worker.state is WorkerState.LEASED and (obituary.running or not worker.kept)
-        if self._begun and promised and was_killed(obituary):
+        if self._begun and promised and signals.was_killed(obituary.exitcode):
             how = obituary.exitcode
             ended = "ended in an unknown way" if how is None else f"died of {signal_name(-how)}"
             self._lose(f"worker {worker.slot} (pid {obituary.pid}) {ended}")
@@ -78,11 +78,3 @@ class Losses:
         """The answer to a DRAIN: True, or how many were lost, and some of them by name."""
         lost = self._books.lost
         return {"lost": lost, "named": self._named} if lost else True
-
-
-def was_killed(obituary: Obituary) -> bool:
-    """Whether a worker was ended from outside, and not by the pool, or may have been."""
-    code = obituary.exitcode
-    if code is None:
-        return True
-    return code < 0 and -code not in signals.FAULTS and obituary.reason is None

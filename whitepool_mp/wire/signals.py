@@ -69,6 +69,15 @@ def restore(mask: Iterable[int] = ()) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def was_killed(exitcode: int | None) -> bool:
+    """Whether a worker was ended from outside, or may have been.
+
+    Args:
+        exitcode: how it ended, negative for a signal; None if that is not known.
+    """
+    return exitcode is None or (exitcode < 0 and -exitcode not in FAULTS)
+
+
 def spare() -> None:
     """Catch `SPARED` in this process and do nothing, where their action is the default one."""
     for number in SPARED:
