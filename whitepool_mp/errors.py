@@ -151,10 +151,9 @@ class ShutdownTimeout(WhitepoolError, TimeoutError):
 class ShutdownIncomplete(WhitepoolError):
     """``safe_shutdown()`` ended the pool, and what it had promised to finish was lost.
 
-    Somebody killed a worker under a lease, or terminated the pool, while it was shutting down; or
-    the pool had been ended before jobs of this process were done. Each of these calls has ended
-    with an error of its own (``WorkerDied``, ``PoolClosed``), which says whether it had started. A
-    worker that its own call ended (a crash, ``os._exit``) is not counted: its future tells.
+    A worker was killed, or the pool was terminated by another process, during the shutdown or
+    before jobs of this process were done. Each of these calls has an error of its own
+    (``WorkerDied``, ``PoolClosed``). A crash or ``os._exit`` in a call is not counted.
 
     Attributes:
         jobs: how many jobs that this process had submitted were lost.
