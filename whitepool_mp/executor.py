@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +9,8 @@ from concurrent.futures import Executor as _Base
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from whitepool_mp.errors import PoolClosed, ShutdownIncomplete
+from whitepool_mp.client.shutdown import drain
+from whitepool_mp.errors import PoolClosed
 from whitepool_mp.pool import Pool
 from whitepool_mp.wire import payload
 
@@ -143,8 +143,7 @@ class Executor(SessionExecutor):
         super().__init__(self._pool.run_service())
 
     def _after_last(self) -> None:
-        with contextlib.suppress(ShutdownIncomplete):  # each future tells what became of it
-            self._session.safe_shutdown()
+        drain(self._session._member, None, tell=False)  # each future tells what became of it
 
     def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:
         wait(remaining)

@@ -27,7 +27,7 @@ _TERMINATE_SECONDS = 30.0
 """How long a session that is not the owner's waits for the pool to end."""
 
 
-def drain(member: Member, seconds: float | None) -> None:
+def drain(member: Member, seconds: float | None, tell: bool = True) -> None:
     """Finish what was submitted here, serve who waits, wait for all leases, end.
 
     In the thread of the engine, which has to finish what was submitted, it returns at once.
@@ -35,6 +35,7 @@ def drain(member: Member, seconds: float | None) -> None:
     Args:
         member: the membership; it takes no new checkouts from now on.
         seconds: at most how long; None for as long as it takes. What is left then is killed.
+        tell: whether to raise `ShutdownIncomplete`.
 
     Raises:
         ShutdownTimeout: not everything was given back in time.
@@ -43,12 +44,14 @@ def drain(member: Member, seconds: float | None) -> None:
     """
     engine = member.running_engine()
     if engine is not None and engine.inside():
-        threading.Thread(target=_drain, args=(member, seconds), name="whitepool-shutdown").start()
+        threading.Thread(
+            target=_drain, args=(member, seconds, tell), name="whitepool-shutdown"
+        ).start()
         return
-    _drain(member, seconds)
+    _drain(member, seconds, tell)
 
 
-def _drain(member: Member, seconds: float | None) -> None:
+def _drain(member: Member, seconds: float | None, tell: bool) -> None:
     if member.closed:
         return
     member.draining = True
@@ -67,7 +70,7 @@ def _drain(member: Member, seconds: float | None) -> None:
     except (LinkBroken, PoolClosed, ManagerDied):
         pass
     _after_the_end(member)
-    if not member.terminated:
+    if tell and not member.terminated:
         complain(member.name, 0 if engine is None else engine.engine.jobs.unserved, answer)
 
 
