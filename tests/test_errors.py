@@ -26,6 +26,7 @@ from whitepool_mp.errors import (
     RemoteError,
     RemoteTraceback,
     SerializationError,
+    ShutdownIncomplete,
     ShutdownTimeout,
     WhitepoolError,
     WorkerDied,
@@ -73,6 +74,8 @@ SPECIMENS: list[WhitepoolError] = [
     RemoteError("app.Odd: 7", type_name="app.Odd", message="7", remote_traceback=TRACEBACK),
     RemoteError(type_name="app.Odd", message="7", remote_traceback=TRACEBACK),
     RemoteError(type_name="app.Odd"),
+    ShutdownIncomplete("pool 'db' ended before everything was finished", jobs=3, leases=1),
+    ShutdownIncomplete(),
     FULL,
     WorkerDied(pool="db"),
 ]

@@ -19,6 +19,7 @@ from whitepool_mp.aio_lease import AsyncLease
 from whitepool_mp.client.engine_lease import EngineLease
 from whitepool_mp.client.looped import FutureSink, Looped, resolve
 from whitepool_mp.client.member import Member, refusal
+from whitepool_mp.client.shutdown import complain
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
@@ -349,10 +350,11 @@ class AsyncSession:
         member = self._member
         if member.closed:
             return
+        answer = None
         try:
             driver = self._any_driver()
             member.draining = True
-            await asyncio.wait_for(self._drain(driver), seconds)
+            answer = await asyncio.wait_for(self._drain(driver), seconds)
         except asyncio.TimeoutError:
             await self.terminate()
             raise ShutdownTimeout(
@@ -365,19 +367,24 @@ class AsyncSession:
             await self._end()
             raise
         await self._end()
+        if not member.terminated:
+            drivers = self._running, member.running_engine()
+            unserved = sum(each.engine.jobs.unserved for each in drivers if each is not None)
+            complain(self.name, unserved, answer)
 
-    async def _drain(self, driver: Looped) -> None:
+    async def _drain(self, driver: Looped) -> Any:
         threaded = self._member.running_engine()
         if threaded is not None and not threaded.engine.idle:
             await driver.loop.run_in_executor(None, threaded.wait_idle)
         await driver.wait_idle()
-        await self._ask(frames.DRAIN)
+        return await self._ask(frames.DRAIN)
 
     async def terminate(self) -> None:
         """End the pool now: every worker is killed, every waiter refused, running calls fail."""
         member = self._member
         if member.closed:
             return
+        member.terminated = True
         if member.owner is None:
             member.draining = True
             try:

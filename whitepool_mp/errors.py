@@ -6,6 +6,7 @@
     ├── CheckoutTimeout        no worker became free in time         (also a TimeoutError)
     ├── CallTimeout            a call took too long                  (also a TimeoutError)
     ├── ShutdownTimeout        the pool did not drain in time        (also a TimeoutError)
+    ├── ShutdownIncomplete     the pool ended, and something was lost
     ├── ManagerDied            the pool's manager process is gone
     ├── FactoryFailed          workers cannot start
     ├── LeaseError             a lease used when or where it is not valid
@@ -40,6 +41,7 @@ __all__ = [
     "RemoteError",
     "RemoteTraceback",
     "SerializationError",
+    "ShutdownIncomplete",
     "ShutdownTimeout",
     "WhitepoolError",
     "WorkerDied",
@@ -144,6 +146,25 @@ class ShutdownTimeout(WhitepoolError, TimeoutError):
 
     The pool still refuses new work. Wait again, or end it now with ``session.terminate()``.
     """
+
+
+class ShutdownIncomplete(WhitepoolError):
+    """``safe_shutdown()`` ended the pool, and what it had promised to finish was lost.
+
+    A worker was killed, or the pool was terminated by another process, during the shutdown or
+    before jobs of this process were done. Each of these calls has an error of its own
+    (``WorkerDied``, ``PoolClosed``). A crash or ``os._exit`` in a call is not counted.
+
+    Attributes:
+        jobs: how many jobs that this process had submitted were lost.
+        leases: how many leases, of any process, were lost while the pool was shutting down,
+            checkouts that still waited included. (A job that was running may be counted in both.)
+    """
+
+    def __init__(self, message: str = "", jobs: int = 0, leases: int = 0) -> None:
+        super().__init__(message)
+        self.jobs = jobs
+        self.leases = leases
 
 
 class ManagerDied(WhitepoolError):

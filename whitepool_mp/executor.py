@@ -10,6 +10,7 @@ from concurrent.futures import Executor as _Base
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from whitepool_mp.client.shutdown import drain
 from whitepool_mp.config import check_count, check_timeout
 from whitepool_mp.errors import PoolClosed
 from whitepool_mp.jobs import MapJob, iterate
@@ -201,11 +202,11 @@ class Executor(SessionExecutor):
         super().__init__(self._pool.run_service())
 
     def _after_last(self) -> None:
-        self._session.safe_shutdown()
+        drain(self._session._member, None, tell=False)  # each future tells what became of it
 
     def _wait_for(self, remaining: Iterable[Future[Any]]) -> None:
         wait(remaining)
-        self._session.safe_shutdown()
+        self._after_last()
 
 
 def _initialize(initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:

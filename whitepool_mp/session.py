@@ -512,6 +512,9 @@ class Session:
 
         Raises:
             ShutdownTimeout: not everything was given back in time; says what was killed.
+            ShutdownIncomplete: the pool has ended, and something was lost: somebody killed a worker
+                under its lease or terminated the pool meanwhile, or had done so before jobs of this
+                process were done.
             ManagerDied: the manager process died meanwhile.
         """
         drain(self._member, check_timeout("timeout", timeout))

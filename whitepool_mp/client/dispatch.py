@@ -200,8 +200,8 @@ class Dispatcher(Endings):
         pending = self._pending
         held = len(self._leases)
         if self._refused is not None:
-            if not held:
-                self._fail_pending(self._refused)
+            while pending and not held:
+                self.lose(pending.popleft(), self._refused)
             return
         useful = len(pending)
         known = self._durations.seconds.get(pending[0].known_as)

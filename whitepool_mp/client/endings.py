@@ -27,7 +27,7 @@ from whitepool_mp.client.flights import Flights
 from whitepool_mp.client.member import worker_died
 from whitepool_mp.client.tasks import MAX_DEATHS, Sink, Task
 from whitepool_mp.errors import CallTimeout, WhitepoolError
-from whitepool_mp.wire import messages
+from whitepool_mp.wire import frames, messages, signals
 
 
 class Endings(Flights):
@@ -132,12 +132,16 @@ class Endings(Flights):
         def told(answer: object) -> None:
             self.running -= 1
             if isinstance(answer, WhitepoolError):
+                self.unserved += 1
                 task.sink.failed(task, index, copy.copy(answer))
                 return
             member = self._engine.member()
             pool = member.name if member is not None else ""
             assert answer is None or isinstance(answer, dict)
             error = worker_died(pool, lease.slot, lease.pid, name, began, answer)
+            draining = member is not None and member.draining
+            if draining or error.reason == frames.TERMINATED:
+                self.unserved += signals.was_killed(error.exitcode)
             task.sink.failed(task, index, error)
 
         self._engine.ask_why(lease, told)
@@ -246,7 +250,7 @@ class Endings(Flights):
         for lease in {*leases, *self._leases.values()}:
             lease.ended = "lost (the manager is gone)"
             for task in self._withdraw(lease):
-                self.fail_all(task, error)
+                self.lose(task, error)
         self._leases.clear()
         self.free.clear()
         self.passing.clear()
@@ -254,11 +258,18 @@ class Endings(Flights):
         self._stacked.clear()
         self._long.clear()
         self._unkept.clear()
-        self._fail_pending(error)
+        while self._pending:
+            self.lose(self._pending.popleft(), error)
 
     def _fail_pending(self, error: BaseException) -> None:
         while self._pending:
             self.fail_all(self._pending.popleft(), error)
+
+    def lose(self, task: Task, error: BaseException) -> None:
+        """A task was accepted, and the pool has ended."""
+        if not task.cancelled:
+            self.unserved += task.left
+        self.fail_all(task, error)
 
     def fail_all(self, task: Task, error: BaseException) -> None:
         """No call of a task will be answered.

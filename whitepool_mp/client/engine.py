@@ -236,6 +236,7 @@ class Engine(Channels):
             self._break(self._gone())
         self.discard()
         self._run_posted()
+        self.jobs.unserved += sum(task.left for task in self._inbox)
         self._fail_inbox()
 
     def discard(self) -> None:

@@ -45,6 +45,8 @@ class Flights:
         kept: both of these.
         running: how many tasks are in flight.
         draining: whether the pool is shutting down: what was submitted is finished, no more.
+        unserved: how many calls were accepted, and failed because the pool had ended, or because
+            their worker was killed during a shutdown in order.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -63,6 +65,7 @@ class Flights:
         self._durations = Durations()
         self.running = 0
         self.draining = False
+        self.unserved = 0
 
     # --- into flight ----------------------------------------------------------------------
 

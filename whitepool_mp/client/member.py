@@ -78,6 +78,7 @@ class Member:
         self.owner = owner
         self.closed = False
         self.draining = False
+        self.terminated = False  # from here: a shutdown need not tell what was lost by that
         self._reset()
         if owner is not None:
             self._end = weakref.finalize(self, _collected, owner, self.name)

@@ -4,7 +4,8 @@
       '-- a thread waits for its death: in order, that is the end; otherwise another takes over
 
 The lifeline is a pipe that nobody writes to. Its end-of-file tells the workers (by way of the
-kernel) and the nursery that the owner is gone, or has given the pool up.
+kernel), the manager and the nursery that the owner is gone, has become another program (`exec`), or
+has given the pool up.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from whitepool_mp.client.poller import check as check_waiting
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import frames, payload
+from whitepool_mp.wire import frames, payload, signals
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.ledger import Ledger
@@ -99,6 +100,9 @@ class Owner:
             self._prepare()
             self._launch()
         except BaseException as error:
+            if self._pidfd >= 0:  # a signal's handler raised just when it had been started
+                self._signal(signal.SIGKILL)
+                self._reap()
             self._close()
             _remove(self.folder)
             if isinstance(error, OSError):
@@ -142,6 +146,8 @@ class Owner:
             stack.callback(os.close, self._ledger_fd)
             self._ledger = Ledger(self._ledger_fd)
             stack.callback(self._ledger.close)
+            self._end_fd = os.eventfd(0, os.EFD_CLOEXEC)
+            stack.callback(os.close, self._end_fd)
             # Nobody ever writes to it: it ends with this process, or when this closes it.
             self._lifeline, end = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, self._lifeline)
@@ -161,8 +167,10 @@ class Owner:
             self._lifeline,
             self._inlet.fileno(),
             self._outlet.fileno(),
+            self._end_fd,
         )
         fd = boots.write(self._boot)
+        before = signals.block()  # inherited: signals of others never reach it
         try:
             command = boots.command(
                 self._boot.interpreter,
@@ -177,17 +185,18 @@ class Owner:
                 pass_fds=(fd, *given),
                 env={**os.environ, boots.MARKER: self.pool_id},
             )
+            process.returncode = 0  # it is ours to wait for from here on
+            self.manager = process.pid
+            self._launched = time.monotonic()
+            try:
+                self._pidfd = os.pidfd_open(process.pid)
+            except BaseException:  # no descriptor is left: nobody would ever end it
+                os.kill(process.pid, signal.SIGKILL)
+                os.waitpid(process.pid, 0)
+                raise
         finally:
             os.close(fd)
-        process.returncode = 0  # it is ours to wait for from here on
-        self.manager = process.pid
-        self._launched = time.monotonic()
-        try:
-            self._pidfd = os.pidfd_open(process.pid)
-        except BaseException:  # no descriptor is left, or an interrupt: nobody would ever end it
-            os.kill(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
-            raise
+            signals.restore(before)
 
     def _watch(self) -> None:
         """The thread: wait for the manager's death, and start another one unless it is the end."""
@@ -287,8 +296,10 @@ class Owner:
             return None if self._forked or self._open is None else os.dup(self._lifeline)
 
     def _ask(self) -> None:
-        self._ending = True
-        self._signal(signal.SIGTERM)
+        with self._lock:
+            self._ending = True
+            if self._open is not None:
+                os.eventfd_write(self._end_fd, 1)
 
     def _signal(self, number: int) -> None:
         with self._lock:

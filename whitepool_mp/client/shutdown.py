@@ -2,20 +2,20 @@
 
     drain      this process's jobs, then DRAIN: the manager answers when every lease is over
       too late   `terminate`, and the error names who held what
-    terminate  the owner's manager by a signal (`owner`), another's by TERMINATE
+    terminate  the owner's manager by its eventfd (`owner`), another's by TERMINATE
 
-Both are harmless when the pool has ended already, or somebody else is ending it. (`aio` awaits the
-same steps of an event loop's engine.)
+Both are harmless when the pool has ended already, or somebody else is ending it; but a drain says
+so if something was lost by that. (`aio` awaits the same steps of an event loop's engine.)
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whitepool_mp.client.joining import LinkBroken, TimedOut
-from whitepool_mp.errors import ManagerDied, PoolClosed, ShutdownTimeout
+from whitepool_mp.errors import ManagerDied, PoolClosed, ShutdownIncomplete, ShutdownTimeout
 from whitepool_mp.wire import frames
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _TERMINATE_SECONDS = 30.0
 """How long a session that is not the owner's waits for the pool to end."""
 
 
-def drain(member: Member, seconds: float | None) -> None:
+def drain(member: Member, seconds: float | None, tell: bool = True) -> None:
     """Finish what was submitted here, serve who waits, wait for all leases, end.
 
     In the thread of the engine, which has to finish what was submitted, it returns at once.
@@ -35,28 +35,32 @@ def drain(member: Member, seconds: float | None) -> None:
     Args:
         member: the membership; it takes no new checkouts from now on.
         seconds: at most how long; None for as long as it takes. What is left then is killed.
+        tell: whether to raise `ShutdownIncomplete`.
 
     Raises:
         ShutdownTimeout: not everything was given back in time.
+        ShutdownIncomplete: something was lost that was to be finished.
         ManagerDied: the manager process died meanwhile.
     """
     engine = member.running_engine()
     if engine is not None and engine.inside():
-        threading.Thread(target=_drain, args=(member, seconds), name="whitepool-shutdown").start()
+        threading.Thread(
+            target=_drain, args=(member, seconds, tell), name="whitepool-shutdown"
+        ).start()
         return
-    _drain(member, seconds)
+    _drain(member, seconds, tell)
 
 
-def _drain(member: Member, seconds: float | None) -> None:
+def _drain(member: Member, seconds: float | None, tell: bool) -> None:
     if member.closed:
         return
     member.draining = True
     deadline = None if seconds is None else time.monotonic() + seconds
+    engine, answer = member.running_engine(), None
     try:
-        engine = member.running_engine()
         if engine is not None and not engine.wait_idle(deadline):
             raise TimedOut
-        member.link(deadline).question(frames.DRAIN, deadline)
+        answer = member.link(deadline).question(frames.DRAIN, deadline)
     except TimedOut:
         held = _held(member)
         terminate(member)
@@ -64,9 +68,38 @@ def _drain(member: Member, seconds: float | None) -> None:
             f"pool {member.name!r} did not drain within {seconds:g} s and was ended; killed: {held}"
         ) from None
     except (LinkBroken, PoolClosed, ManagerDied):
-        _after_the_end(member)
-        return
+        pass
     _after_the_end(member)
+    if tell and not member.terminated:
+        complain(member.name, 0 if engine is None else engine.engine.jobs.unserved, answer)
+
+
+def complain(name: str, jobs: int, answer: Any) -> None:
+    """Say what a shutdown has lost, if anything.
+
+    Args:
+        name: the pool's.
+        jobs: how many jobs of this process failed because the pool had ended, or their workers
+            were killed during the shutdown.
+        answer: the manager's to DRAIN, or None.
+
+    Raises:
+        ShutdownIncomplete: something was.
+    """
+    leases, named = (answer["lost"], answer["named"]) if isinstance(answer, dict) else (0, [])
+    parts = []
+    if jobs:
+        parts.append(
+            f"{jobs} submitted job(s) of this process failed, since their workers were killed or "
+            "the pool had ended"
+        )
+    if leases:
+        text = "; ".join(named) or "under an earlier manager"
+        parts.append(f"{leases} lease(s) or waiting checkout(s) were lost: {text}")
+    if parts:
+        raise ShutdownIncomplete(
+            f"pool {name!r} ended before everything was finished: {'; '.join(parts)}", jobs, leases
+        )
 
 
 def _held(member: Member) -> str:
@@ -97,6 +130,7 @@ def _after_the_end(member: Member) -> None:
 
 def terminate(member: Member) -> None:
     """End the pool now: every worker is killed, every waiter refused, running calls fail."""
+    member.terminated = True
     if member.owner is None and not member.closed:
         member.draining = True
         try:

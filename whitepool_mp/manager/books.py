@@ -213,6 +213,15 @@ class Books:
         words = self._words
         words[ledgers.DRAINING] = max(words[ledgers.DRAINING], 2 if terminated else 1)
 
+    @property
+    def lost(self) -> int:
+        """How much was lost that a shutdown had promised to finish."""
+        return self._words[ledgers.LOST]
+
+    @lost.setter
+    def lost(self, count: int) -> None:
+        self._words[ledgers.LOST] = count
+
     def serving(self) -> None:
         """This manager has all in hand: from now on another one would take over from it."""
         self._words[ledgers.SERVED] = self._words[ledgers.LAUNCHED]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
+from whitepool_mp.broker import WorkerState
 from whitepool_mp.errors import headline
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -100,6 +101,14 @@ class Census:
             worker.id: {"pid": hand.pid, "slot": worker.slot, "state": _state(worker, hand)}
             for worker, hand in self._at_hand()
         }
+
+    def busy(self) -> list[tuple[Worker, int | None]]:
+        """The leased workers under whose leases something may run, and their pids."""
+        return [
+            (worker, hand.pid)
+            for worker, hand in self._at_hand()
+            if worker.state is WorkerState.LEASED and _state(worker, hand) != "idle"
+        ]
 
     def _at_hand(self) -> list[tuple[Worker, Any]]:
         """The workers that have a process, or are about to: the broker's and the crew's record."""

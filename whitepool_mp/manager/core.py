@@ -47,6 +47,7 @@ from whitepool_mp.manager import reunion as reunions
 from whitepool_mp.manager.census import Census
 from whitepool_mp.manager.clients import Client, Door
 from whitepool_mp.manager.loop import Loop
+from whitepool_mp.manager.losses import Losses
 from whitepool_mp.manager.muster import Muster
 from whitepool_mp.manager.obituary import Obituary, is_exiting
 from whitepool_mp.policy import MAX_WORKERS, Policy
@@ -113,6 +114,7 @@ class Manager:
         self._obituaries: OrderedDict[tuple[bytes, int], Obituary] = OrderedDict()
         self._asking: dict[int, list[tuple[Client, int]]] = {}
         self._drainers: list[tuple[Client, int]] = []
+        self._losses = Losses(books)
         self.finished = False
         self._reunion: reunions.Reunion | None = None  # while those who waited ask again
         self._handlers: dict[int, Callable[[Client, bytes], None]] = {
@@ -153,6 +155,7 @@ class Manager:
             lost: the workers of which nothing is left to take over, and how they ended.
         """
         self._meet(crew, door)
+        self._losses = Losses(self._books, begun=past.draining == 1)
         self.apply(past.resume)
         for worker, obituary in lost.items():
             self.worker_exited(worker, obituary)
@@ -220,6 +223,7 @@ class Manager:
             if self._reunion is not None:
                 self._reunited()
             self._muster.end()
+            self._losses.terminated(self._census.busy(), self._broker.status().waiting)
         self._events.append(event)
         if self._performing:
             return
@@ -382,9 +386,7 @@ class Manager:
         hand = None if worker is None else self._crew.hand(worker)
         if worker is None or hand is None:
             # It was kept and has been recalled; or it is the end of the pool.
-            ended = (
-                {"reason": "the pool was terminated"} if self._broker.status().draining else None
-            )
+            ended = {"reason": frames.TERMINATED} if self._broker.status().draining else None
             self._door.send(client, frames.reply(number, ended))
             return
         self._asking.setdefault(worker, []).append((client, number))
@@ -417,6 +419,7 @@ class Manager:
         self._drain()
 
     def _drain(self) -> None:
+        self._losses.begin()
         self._books.draining(terminated=False)
         self._muster.begin()
 
@@ -442,7 +445,7 @@ class Manager:
     def answer_drainers(self) -> None:
         """Everything has ended: tell whoever waits for that."""
         for client, number in self._drainers:
-            self._door.send(client, frames.reply(number, True))
+            self._door.send(client, frames.reply(number, self._losses.told()))
 
     def _on_ping(self, client: Client, body: bytes) -> None:
         self._door.send(client, frames.pong(frames.read_request(body)))
@@ -513,6 +516,8 @@ class Manager:
     def worker_exited(self, worker: int, obituary: Obituary) -> None:
         """A worker's process is gone."""
         record = self._broker.worker(worker)
+        if record is not None:
+            self._losses.died(record, obituary)
         if record is not None and record.lease is not None and record.client is not None:
             holder = self._door.clients.get(record.client)
             if holder is not None:

@@ -265,6 +265,7 @@ class Crew(Births):
             rss=hand.page.rss,
             stderr=last_lines(hand.said),
             oom_killed=oom_killed,
+            running=hand.page.busy(),
         )
         self._drop_control(hand)
         if hand.stacks is not None:
@@ -281,7 +282,7 @@ class Crew(Births):
 
         A living worker adopts its own orphans, so what has come to this process is a dead one's. A
         pool that ran inside that worker is ending by itself, its owner being dead, and tidies up as
-        it does: it is asked to, and killed only at the end (`last`).
+        it does: it is killed only at the end (`last`).
 
         Returns:
             How many there were.
@@ -291,9 +292,11 @@ class Crew(Births):
         strays = [pid for pid in pids if pid not in self._by_pid and pid != self._nursery_pid]
         for pid in strays:
             # Only this process reaps its children, so the number is still that child's.
-            patient = not last and children.of_another_pool(pid, self._boot.pool_id)
-            with contextlib.suppress(PermissionError):  # it became another user's, by sudo or su
-                os.kill(pid, signal.SIGTERM if patient else signal.SIGKILL)
+            if last or not children.of_another_pool(pid, self._boot.pool_id):
+                with contextlib.suppress(
+                    PermissionError
+                ):  # it became another user's, by sudo or su
+                    os.kill(pid, signal.SIGKILL)
         return len(strays)
 
     # --- those of another manager ---------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import ledger as ledgers
+from whitepool_mp.wire import signals
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import Escrow
 from whitepool_mp.wire.ledger import Ledger
@@ -21,14 +22,17 @@ from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
-    import signal
     from typing import NoReturn
-else:
-    import _signal as signal  # as in `worker.linux`
 
 
 def main(
-    boot_fd: int, listener_fd: int, ledger_fd: int, lifeline: int, inlet_fd: int, outlet_fd: int
+    boot_fd: int,
+    listener_fd: int,
+    ledger_fd: int,
+    lifeline: int,
+    inlet_fd: int,
+    outlet_fd: int,
+    end_fd: int,
 ) -> NoReturn:
     """Be the manager. All descriptors are the owner's, and this process's copies.
 
@@ -38,14 +42,15 @@ def main(
         ledger_fd: the pool's ledger.
         lifeline: the read end of the pipe that ends with the owner.
         inlet_fd, outlet_fd: the two ends of the queue of descriptors in escrow.
+        end_fd: readable once the owner has asked for the end.
     """
-    # Whatever the thread that made the pool had blocked: deaths are told by signals here.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # They have been since this process was born, whatever else the owner's thread had blocked.
+    signals.restore(signals.OTHERS)
     boot = boots.read(boot_fd)
-    given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd]
+    given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd]
     if min(given) <= 2 or None in (sys.stdin, sys.stdout, sys.stderr):
         given = _stand_clear(*given)
-        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd = given
+        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd = given
     for fd in given:
         os.set_inheritable(fd, False)
     code = 1
@@ -64,7 +69,8 @@ def main(
             os.close(boot_fd)
             from whitepool_mp.manager.service import serve
 
-            serve(boot, listener_fd, owner, lifeline, nursery, first, ledger, escrow)
+            ends = owner, lifeline, end_fd
+            serve(boot, listener_fd, ends, lifeline, nursery, first, ledger, escrow)
         else:
             nurseries.remove(boot.folder)
         code = 0

@@ -32,7 +32,8 @@ _NOT_NAMES = ("SIG_", "SIGRT", "SIGIOT", "SIGCLD", "SIGPOLL")
 class Obituary(Record):
     """One worker's end. Times in seconds, memory in bytes; None is unknown.
 
-    `exitcode` is negative for a signal; `reason` says why the pool killed it, if it did.
+    `exitcode` is negative for a signal; `reason` says why the pool killed it, if it did; `running`
+    whether a call had begun and not ended.
     """
 
     pid: int | None
@@ -46,6 +47,7 @@ class Obituary(Record):
     rss: int | None = None
     stderr: str | None = None
     oom_killed: bool | None = None
+    running: bool = False
 
     def describe(self) -> str:
         """One line, for a failed start."""

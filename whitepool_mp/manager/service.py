@@ -1,8 +1,9 @@
 """What the manager does between its start and its end: it serves, in one loop.
 
-It ends when the pool is drained or terminated, or its owner dies (a pidfd in the one wait). Its
-last acts: every worker and the nursery dead and reaped, the folder removed, whoever waits for the
-end told.
+It ends when the pool is drained or terminated, or its owner asks for it, dies, or becomes another
+program (three descriptors in the one wait). Signals of others end nothing (`wire.signals`). Its
+last acts: every worker and the nursery dead and reaped, the folder removed, and those who wait for
+the end told.
 
 A manager that is not the pool's first takes over what the last one left (`takeover`).
 """
@@ -10,6 +11,7 @@ A manager that is not the pool's first takes over what the last one left (`takeo
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import time
@@ -44,7 +46,7 @@ WARM_UP_SECONDS = 0.5
 def serve(
     boot: Boot,
     listener_fd: int,
-    owner: int,
+    ends: tuple[int, ...],
     lifeline: int,
     nursery: tuple[int, Socket],
     first: tuple[Kit, int | None] | None,
@@ -56,7 +58,9 @@ def serve(
     Args:
         boot: what pool it is.
         listener_fd: the listening socket, bound by the owner.
-        owner: a descriptor that is readable once the owner has ended.
+        ends: descriptors, each of which is readable once the pool is to end for the owner's sake:
+            a pidfd of the owner; the lifeline, which an owner that becomes another program lets go
+            of; and what the owner asks for the end by.
         lifeline: the read end of the pipe whose other end is the owner's alone.
         nursery: the nursery's pid and this process's end to it.
         first: of the worker that was started or ordered already, as from `nursery.begin`.
@@ -80,8 +84,9 @@ def serve(
         follows=books.generation > 1,
     )
     door = Door(Socket(fileno=listener_fd), boot.key, loop, manager, clock, books)
-    _watch_signals(loop, manager, crew)
-    loop.add(owner, lambda _: _owner_died(loop, owner, manager))
+    _watch_signals(loop, crew)
+    for fd in ends:
+        loop.add(fd, functools.partial(_end, loop, fd, manager))
     if ledger.words[ledgers.SERVED]:
         from whitepool_mp.manager.takeover import take_over
 
@@ -109,25 +114,24 @@ def serve(
     door.close()
 
 
-def _owner_died(loop: Loop, owner: int, manager: Manager) -> None:
-    loop.remove(owner)
+def _end(loop: Loop, fd: int, manager: Manager, _: int) -> None:
+    loop.remove(fd)
     manager.apply(Terminate())
 
 
-def _watch_signals(loop: Loop, manager: Manager, crew: Crew) -> None:
-    """Signals wake the loop through a pipe: SIGCHLD, SIGTERM, and SIGALRM once, soon after the
-    start, to warm up. SIGINT is the owner's affair."""
+def _watch_signals(loop: Loop, crew: Crew) -> None:
+    """Signals wake the loop through a pipe: SIGCHLD, and SIGALRM once, soon after the start, to
+    warm up. All others stay blocked."""
     wakeup_read, wakeup_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGALRM):
+    used = signal.SIGCHLD, signal.SIGALRM
+    for number in used:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, used)
     signal.setitimer(signal.ITIMER_REAL, WARM_UP_SECONDS)
 
     def woken(_: int) -> None:
         numbers = os.read(wakeup_read, 65536)
-        if signal.SIGTERM in numbers:
-            manager.apply(Terminate())
         crew.reap()
         if signal.SIGALRM in numbers:
             crew.sweep_marked()  # what workers left behind that died while there was no manager

@@ -72,6 +72,9 @@ RELEASED = 133
 LEFT = ("finished", "unfinished", "asked")
 """What an engine says of its jobs when the pool drains."""
 
+TERMINATED = "the pool was terminated"
+"""The reason of a kill, as the broker gives it, when the whole pool is ended at once."""
+
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
 _REQUEST = struct.Struct("!BI")

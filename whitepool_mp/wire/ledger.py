@@ -34,6 +34,8 @@ DRAINING = 7
 """0, or that the pool drains (1) or was terminated (2)."""
 NEWCOMERS = 8
 """How many connections had not proved themselves yet."""
+LOST = 9
+"""How much was lost that a shutdown had promised to finish."""
 _HEADER = 32
 
 # A worker's words.

@@ -18,7 +18,7 @@ import resource as limits
 import sys
 from _thread import get_ident
 
-from whitepool_mp.wire import frames, pages, payload
+from whitepool_mp.wire import frames, pages, payload, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import context, linux
@@ -120,8 +120,9 @@ def _show_stacks(fd: int) -> int:
 def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signals.spare_no_fork()
+    signals.restore()
     # The manager raised its limit of descriptors; programs that use select() want the usual one.
     soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (min(soft, boot_soft_limit(hard)), hard))
@@ -202,6 +203,7 @@ def main(boot_fd: int, slot: int, *fds: int) -> NoReturn:
     from whitepool_mp.wire import boot as boots
 
     gc.enable()
+    signals.spare()
     boot = boots.read(boot_fd)
     os.close(boot_fd)
     for fd in fds[:-1]:  # they came through an exec, and are to go no further

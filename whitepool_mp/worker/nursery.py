@@ -28,7 +28,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors
+from whitepool_mp.wire import descriptors, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
@@ -165,8 +165,11 @@ def _main(boot: Boot, sock: Socket, lifeline: int) -> NoReturn:
 def _leave_manager(*keep: int) -> None:
     """Drop what the fork copied: every descriptor but ours (or end-of-file would never come)."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+    signals.block()  # also what the manager had opened for itself, while that still is caught
+    for number in (signal.SIGCHLD, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
+    signals.disregard(signal.SIGINT)
+    signals.spare()  # for a preload, and for workers
     os.setsid()  # for the same reason as a worker: it may be stopped, with orders to carry out
     previous = 2
     for fd in sorted(keep):
@@ -223,6 +226,7 @@ class _Nursery:
         import importlib
 
         gc.enable()
+        signals.restore()  # programs that user code starts here must be able to get them
         # While user code runs here, the kernel ends this process with the owner.
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
@@ -238,6 +242,7 @@ class _Nursery:
                 return False
         linux.disarm(armed)
         os.close(armed)
+        signals.block()
         return True
 
     def _warm_up(self) -> None:
