@@ -153,6 +153,7 @@ class Manager:
             lost: the workers of which nothing is left to take over, and how they ended.
         """
         self._meet(crew, door)
+        self._wears = True  # a worker that is taken over may be worn for another reason
         self.apply(past.resume)
         for worker, obituary in lost.items():
             self.worker_exited(worker, obituary)

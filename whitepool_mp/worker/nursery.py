@@ -28,7 +28,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors
+from whitepool_mp.wire import descriptors, lineage
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
@@ -126,6 +126,8 @@ def begin(
         escrow.park(FIRST[0], kit.kept())
         if boot.start_method == "loky":
             pid = _exec(boot, boot_fd, FIRST[1], kit.order(), lifeline)
+            # An interpreter takes longer to start than this, and what it started would be killed.
+            lineage.mark(pid, lineage.of(FIRST[0]))
         nursery = fork(boot, lifeline, escrow)
         if pid is None:
             order(nursery[1], *FIRST, kit)
@@ -167,6 +169,7 @@ def _leave_manager(*keep: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
+    lineage.enter(lineage.NURSERY)
     os.setsid()  # for the same reason as a worker: it may be stopped, with orders to carry out
     previous = 2
     for fd in sorted(keep):
@@ -220,22 +223,17 @@ class _Nursery:
     def _preload(self) -> bool:
         if not self._boot.preload:
             return True
-        import importlib
+        from whitepool_mp.worker import preload
 
         gc.enable()
         # While user code runs here, the kernel ends this process with the owner.
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
         sys.argv[:] = self._boot.argv
-        for name in self._boot.preload:
-            try:
-                importlib.import_module(name)
-            except BaseException:
-                import traceback
-
-                text = f"preload of {name!r} failed:\n{traceback.format_exc()}"
-                self._sock.send(bytes((BROKEN_KIND,)) + text.encode()[-MAX_TEXT:])
-                return False
+        problem = preload.load(self._boot.preload)
+        if problem:
+            self._sock.send(bytes((BROKEN_KIND,)) + problem.encode()[-MAX_TEXT:])
+            return False
         linux.disarm(armed)
         os.close(armed)
         return True
@@ -293,6 +291,7 @@ class _Nursery:
 
     def _middleman(self, worker: int, slot: int, fds: list[int]) -> NoReturn:
         try:
+            lineage.enter(lineage.of(worker))  # before there is the worker, which inherits it
             if self._boot.start_method == "loky":
                 pid = _exec(self._boot, self._boot_fd, slot, fds, self._lifeline)
             else:
