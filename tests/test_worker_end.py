@@ -195,9 +195,7 @@ def test_an_end_that_hangs_is_cut_short_and_counted(start_method: str, tmp_path:
         until(lambda: not psutil.pid_exists(pid))
 
 
-def test_what_a_fresh_interpreter_registers_for_its_end_is_run(
-    start_method: str, tmp_path: Path
-) -> None:
+def test_what_a_fresh_interpreter_registers_for_its_end_is_run(tmp_path: Path) -> None:
     """As tools do that measure or trace: in sitecustomize or a .pth file."""
     out = tmp_path / "out"
     (tmp_path / "sitecustomize.py").write_text(
@@ -209,7 +207,7 @@ def test_what_a_fresh_interpreter_registers_for_its_end_is_run(
             tell(session.run(os.getpid))
     """
     before = f"os.environ['PYTHONPATH'] = {str(tmp_path)!r} + ':' + os.environ['PYTHONPATH']"
-    with script(code, start_method, before) as owner:
+    with script(code, "loky", before) as owner:
         pid = owner.hear()
         assert owner.process.wait(T) == 0
     assert read(out).count(str(pid)) == 1
@@ -313,22 +311,32 @@ def nursery_children(session: Session) -> list[psutil.Process]:
     return nursery(session).children()
 
 
-def test_what_a_preloaded_module_registers_for_the_end_is_run_in_each_worker(
-    module: Path, tmp_path: Path, start_method: str
+def test_what_a_preloaded_module_shares_outlives_a_workers_end(
+    module: Path, tmp_path: Path
 ) -> None:
-    """As it would be if the worker itself had imported it."""
-    out = tmp_path / "out"
+    """A worker's end sees to its own children, and to no other worker's folder or helper."""
     write(
         module,
-        f"""
-        import multiprocessing.util  # what it registers, once in a process, is for daemons
-        atexit.register(lambda: open({str(out)!r}, "a").write(f"{{os.getpid()}}\\n"))
-        def pid(): return os.getpid()
+        """
+        import logging, multiprocessing, tempfile
+        from multiprocessing import resource_tracker
+        FOLDER = tempfile.TemporaryDirectory()
+        HELPER = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        HELPER.start()
+        atexit.register(os.rmdir, FOLDER.name)
+        def shared(): return FOLDER.name, HELPER.pid
         """,
     )
-    with Pool(2, preload=("preloaded",), start_method=start_method) as session:
-        pids = {session.run(deeds.call_by_name, "preloaded", "pid", timeout=T) for _ in range(2)}
-        session.run(deeds.finish_in_processes, tmp_path / "processes", "text", timeout=T)
-    assert pids <= {int(line) for line in read(out)}
-    assert len(set(read(out))) == len(read(out))
-    assert read(tmp_path / "processes") == ["text"]
+    path = tmp_path / "out"
+    with Pool(1, 1, overflow_ttl=0, preload=("preloaded",)) as session:
+        with session.checkout(T) as lease, session.checkout(T) as other:
+            folder, helper = lease.call(deeds.call_by_name, "preloaded", "shared", timeout=T)
+            other.call(deeds.finish_in_processes, path, "text", timeout=T)
+            ended = other.pid
+            other.checkin()
+            until(lambda: not psutil.pid_exists(ended))
+            assert read(path) == ["text"]
+            assert lives(helper)
+            assert Path(folder).is_dir()
+    until(lambda: not psutil.pid_exists(helper))
+    Path(folder).rmdir()

@@ -55,11 +55,31 @@ def run(
     """
     code = 1
     try:
+        _forget_inherited_exits()
         code = _live(boot, slot, control_fd, page_fd, stderr_fd, stacks_fd, lifeline)
         _finish()
     finally:
         flush_output()
         os._exit(code)
+
+
+def _forget_inherited_exits() -> None:
+    """Run nothing at this process's end that was registered for the nursery's.
+
+    What such a handler cleans up is shared with other workers (a temporary folder), or belongs to
+    threads that are not here. But two modules of the standard library register once, when they are
+    imported, what each process is to do with its own. (`multiprocessing` does the same in its own
+    forked children, with these names, and there as well its list of children begins empty.)
+    """
+    atexit._clear()
+    process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
+    if process is not None:
+        process._children = set()  # type: ignore[attr-defined]
+    if util is not None:
+        atexit.register(util._exit_function)
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        atexit.register(logging.shutdown)
 
 
 def _finish() -> None:
