@@ -822,12 +822,6 @@ def finish_at_exit(path, text):
     atexit.register(append, path, text)
 
 
-def finish_in_order(path):
-    """Leave a thread and a handler of atexit."""
-    finish_at_exit(path, "atexit")
-    finish_in_thread(path, "thread")
-
-
 def teardown_with_thread(path):
     append(path, "teardown")
     finish_in_thread(path, "its thread")
