@@ -856,11 +856,13 @@ def begin_pool(start_method):
     """Have a pool in this worker, and its manager killed; the pids of its workers."""
     import whitepool_mp
 
-    global inner
+    global inner, inner_child
     inner = whitepool_mp.Pool(2, start_method=start_method).run_service()
     while len(pids_of_pool()) < 2:
         inner.run(abs, 1)
     before = pids_of_pool()
+    inner_child = subprocess.Popen(["sh", "-c", "exit 3"])
+    os.waitid(os.P_PID, inner_child.pid, os.WEXITED | os.WNOWAIT)
     kill(inner._member.owner.manager)
     inner.run(abs, 1)
     return before
@@ -872,3 +874,4 @@ def pids_of_pool():
 
 def end_pool():
     inner.safe_shutdown()
+    return inner_child.wait()

@@ -21,7 +21,8 @@ import subprocess, sys
 from whitepool_mp.wire import lineage
 child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1)
 lineage.mark(child.pid, {number})
-print(child.pid, lineage.number(child.pid), flush=True)
+own = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=-1)
+print(child.pid, lineage.number(child.pid), lineage.number(own.pid) is None, flush=True)
 sys.stdin.read()
 """
 
@@ -74,10 +75,10 @@ def test_a_pool_in_a_worker_numbers_its_own_within_that_workers(inner: int) -> N
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     ) as process:
         assert process.stdout is not None
-        pid, seen = map(int, process.stdout.readline().split())
-        assert seen == inner
-        assert lineage.number(pid) == 5
-    until(lambda: lineage.number(pid) is None)
+        pid, seen, unmarked = process.stdout.readline().split()
+        assert (int(seen), unmarked) == (inner, b"True")
+        assert lineage.number(int(pid)) == 5
+    until(lambda: lineage.number(int(pid)) is None)
 
 
 def test_the_limit_in_use_for_its_own_purpose_is_left_alone(

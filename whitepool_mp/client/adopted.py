@@ -34,7 +34,7 @@ class Adopted:
         """Reap those that have ended, and hold those that have not."""
         for pid in [pid for pid, fd in self.held.items() if _reap(fd)]:
             os.close(self.held.pop(pid))
-        with contextlib.suppress(OSError):  # no descriptor is left: at the next occasion
+        with contextlib.suppress(OSError, ImportError):  # no descriptor: at the next occasion
             for pid in _children():
                 if pid in self.held or lineage.number(pid) is None:
                     continue

@@ -59,17 +59,18 @@ def number(pid: int) -> int | None:
         pid: its pid; it may be a zombie.
 
     Returns:
-        The number; None if it has none of a pool of this process's.
+        The number; None if it has none of a pool of this process's, as its manager or owner.
     """
-    step = (_HIGH - _LOW) // _COUNT
+    lowest, highest = _own()
+    step = (highest - lowest) // _COUNT
     try:
         low, high = limits.prlimit(pid, limits.RLIMIT_RTTIME)
     except OSError:  # there is no such process, or it has become another user's
         return None
-    if not step or low < _LOW or not low <= high <= _HIGH:
+    if not step or low < lowest or not low <= high <= highest:
         return None
-    found = (_HIGH - high) // step
-    return found if low > _HIGH - (found + 1) * step else None
+    found = (highest - high) // step
+    return found if low > highest - (found + 1) * step else None
 
 
 def _own() -> tuple[int, int]:
@@ -79,5 +80,5 @@ def _own() -> tuple[int, int]:
     return (low, high) if _WHOLE[0] <= low <= high <= _WHOLE[1] else (0, 0)
 
 
-# As they were when this was imported: the nursery and its children enter a part, but number by it.
+# The manager's, which imported this: the nursery and its children enter a part, but number by it.
 _LOW, _HIGH = _own()
