@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -718,3 +719,159 @@ def die_behind(data):
 
 def nap():
     time.sleep(0.02)
+
+
+# --- the end of a worker ----------------------------------------------------------------------
+
+
+def leave_background(count, *command):
+    """Run shell commands that leave a process behind, which ends soon unless it is told."""
+    line = " ".join(command or ("sleep", "0.01"))
+    for _ in range(count):
+        subprocess.run(["sh", "-c", f"{line} & true"], check=True, close_fds=True)
+    return os.getpid()
+
+
+def leave_exec_daemon(path):
+    """Leave a daemon that knows nothing of where it comes from: not by session, parent or
+    environment."""
+    code = f"echo $$ >> {path}; exec sleep 1000"
+    subprocess.run(["sh", "-c", f"env -i setsid sh -c '{code}' >&- 2>&- & true"], check=True)
+    while not noted(path):
+        time.sleep(0.01)
+
+
+def leave_forked_daemon(path):
+    """Leave a daemon that was forked twice and runs no other program."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        if os.fork() == 0:
+            note(path)
+            while True:
+                signal.pause()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    while not noted(path):
+        time.sleep(0.01)
+
+
+def exit_codes():
+    """The exit codes of children, each waited for in another way, while orphans end as well."""
+    import asyncio
+    import multiprocessing
+
+    leave_background(5)
+    popen = subprocess.Popen(["sh", "-c", "exit 3"])
+    forked = os.fork()
+    if forked == 0:
+        os._exit(4)
+    spawned = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 5"], os.environ)
+    process = multiprocessing.get_context("fork").Process(target=sys.exit, args=(6,))
+    process.start()
+
+    async def child():
+        started = await asyncio.create_subprocess_exec("sh", "-c", "exit 7")
+        return await started.wait()
+
+    last = asyncio.run(child())
+    for pid in popen.pid, forked, spawned, process.pid:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # they have ended, and wait to be reaped
+    leave_background(5)
+    process.join()
+    codes = [popen.wait()]
+    codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in (forked, spawned)]
+    return [*codes, process.exitcode, last]
+
+
+def finish_in_thread(path, text):
+    """Leave a thread, no daemon, that takes a moment to write something."""
+    threading.Thread(target=finish_later, args=(path, text)).start()
+
+
+def finish_later(path, text):
+    time.sleep(0.2)
+    append(path, text)
+
+
+def append(path, text):
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
+
+
+def finish_in_executor(path, text):
+    """Leave jobs to an executor of threads that is never shut down."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    executor = ThreadPoolExecutor(1)
+    for _ in range(2):
+        executor.submit(finish_later, path, text)
+
+
+def finish_in_processes(path, text):
+    """Leave a child of multiprocessing to be waited for, and a daemon of it to be terminated."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    context.Process(target=finish_later, args=(path, text)).start()
+    context.Process(target=hang, daemon=True).start()
+
+
+def finish_at_exit(path, text):
+    """Have it written by a handler of atexit."""
+    atexit.register(append, path, text)
+
+
+def teardown_with_thread(path):
+    append(path, "teardown")
+    finish_in_thread(path, "its thread")
+
+
+def hang_at_exit(path):
+    atexit.register(hang)
+    return os.getpid()
+
+
+def print_at_exit(text):
+    atexit.register(lambda: print(text, end=""))
+
+
+def multiply(size):
+    import numpy
+
+    square = numpy.ones((size, size))
+    return int((square @ square).sum())
+
+
+def call_by_name(module, name):
+    return getattr(sys.modules.get(module) or __import__(module), name)()
+
+
+def hold(module, name):
+    with getattr(sys.modules[module], name):
+        return True
+
+
+def begin_pool(start_method):
+    """Have a pool in this worker, and its manager killed; the pids of its workers."""
+    import whitepool_mp
+
+    global inner, inner_child
+    inner = whitepool_mp.Pool(2, start_method=start_method).run_service()
+    while len(pids_of_pool()) < 2:
+        inner.run(abs, 1)
+    before = pids_of_pool()
+    inner_child = subprocess.Popen(["sh", "-c", "exit 3"])
+    os.waitid(os.P_PID, inner_child.pid, os.WEXITED | os.WNOWAIT)
+    kill(inner._member.owner.manager)
+    inner.run(abs, 1)
+    return before
+
+
+def pids_of_pool():
+    return sorted(row.pid for row in inner.workers() if row.state == "idle" and row.pid)
+
+
+def end_pool():
+    inner.safe_shutdown()
+    return inner_child.wait()

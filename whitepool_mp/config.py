@@ -80,7 +80,9 @@ class PoolConfig:
             caches, lets overflow age) or first (``"fifo"``: even wear).
         start_method: ``"forkserver"`` forks workers from a clean process; ``"loky"`` starts each
             in a fresh interpreter.
-        preload: modules the fork server imports, so that new workers start with them.
+        preload: modules the fork server imports, so that new workers start with them. One that
+            leaves threads running there is refused: no start succeeds. What they register with
+            `atexit` is not run in the workers.
         overflow_ttl: seconds an idle overflow worker stays warm; 0 stops it at once.
         max_calls: after how many calls a worker is replaced by a new one. Like the next two it is
             drawn for each worker, down to a fifth less, so that workers are not replaced all at
@@ -91,7 +93,8 @@ class PoolConfig:
         max_rss: from how many bytes of resident memory a worker is replaced, after the call that
             brought it there.
         start_timeout: seconds a worker may take to start, its factory included.
-        stop_timeout: seconds a worker may take to stop, its teardown included, before it is killed.
+        stop_timeout: seconds a worker may take to stop before it is killed: for its teardown, for
+            threads that are no daemons, and for what is registered with `atexit`.
         teardown: called with the resource when a worker stops cleanly. Needs a factory.
         env: environment variables for the workers, on top of the inherited ones.
 

@@ -441,6 +441,7 @@ class Broker(Moves):
             if now < worker.since + policy.stop_timeout:
                 break
             reason = f"did not stop within {policy.stop_timeout:g} s"
+            self._counters["stop_overruns"] += 1
             self._report("stop_overrun", worker.id, reason, out)
             self._kill(worker, reason, now, out)
         for worker in self._ages.due(now):

@@ -56,6 +56,7 @@ _COUNTERS = (
     "late_events",
     "recalled",
     "recycled",
+    "stop_overruns",
 )
 
 _REFUSED: dict[Why, str] = {

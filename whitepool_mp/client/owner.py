@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 
+from whitepool_mp.client.adopted import Adopted
 from whitepool_mp.client.poller import check as check_waiting
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
@@ -76,6 +77,7 @@ class Owner:
         self._over = threading.Event()
         self._lock = threading.RLock()  # a signal may find its thread anywhere
         self._pidfd = -1
+        self._adopted = Adopted()
         self._deaths = self._false_starts = 0
         self.folder = _folder(self.pool_id)
         self.path = os.path.join(self.folder, "manager")
@@ -199,17 +201,26 @@ class Owner:
             signals.restore(before)
 
     def _watch(self) -> None:
-        """The thread: wait for the manager's death, and start another one unless it is the end."""
+        """The thread: wait for the manager's death, and start another one unless it is the end.
+
+        And reap what a killed one's death made this process's children, as it ends.
+        """
         try:
             going_on = True
             while going_on:
                 poller = select.poll()
-                poller.register(self._pidfd, select.POLLIN)
-                poller.poll()
+                for fd in (self._pidfd, *self._adopted.held.values()):
+                    poller.register(fd, select.POLLIN)
+                ended = {fd for fd, _ in poller.poll()}
+                if self._pidfd not in ended:
+                    self._adopted.look()
+                    continue
                 with self._lock:
                     self._reap()
                     over = self._ending or self._ledger.words[ledgers.FINISHED]
                     going_on = not over and self._again()
+                if going_on:
+                    self._adopted.look()
         finally:
             self._finish()
 
@@ -248,6 +259,8 @@ class Owner:
             from whitepool_mp.wire import marked
 
             marked.kill(self.pool_id)
+        if self._deaths:
+            self._adopted.end(_PATIENCE)
         _remove(self.folder)
         self._over.set()
 
@@ -311,6 +324,7 @@ class Owner:
         """In a forked child: this is not ours."""
         self._forked = True
         self._close()
+        self._adopted.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

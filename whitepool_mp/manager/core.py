@@ -156,6 +156,7 @@ class Manager:
         """
         self._meet(crew, door)
         self._losses = Losses(self._books, begun=past.draining == 1)
+        self._wears = True  # a worker that is taken over may be worn for another reason
         self.apply(past.resume)
         for worker, obituary in lost.items():
             self.worker_exited(worker, obituary)

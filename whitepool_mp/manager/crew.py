@@ -6,8 +6,9 @@
 Every worker is a child of this process (see the nursery), so its pid cannot be another's before it
 is reaped here, and its exit status and peak memory come with its death: SIGCHLD wakes the loop
 through a descriptor. A worker is the leader of a process group, which is killed before the leader
-is reaped; whatever a dead worker leaves behind becomes a child of this process and is killed too
-(`_sweep`), so nothing escapes by detaching itself.
+is reaped. What a worker's descendants leave behind, also while it lives, becomes a child of this
+process, which reaps it when it ends. Its `lineage` tells which worker it came from: when that has
+died it is killed too (`_sweep`), so nothing escapes by detaching itself.
 
 Workers of a manager that was killed are taken over (`take_over`). They are nobody's children here:
 a pidfd tells of their death (`kin`), and what they leave behind is found by its marker.
@@ -223,11 +224,12 @@ class Crew(Births):
             self._read_nursery()  # its birth may be announced and not yet read
             hand = self._by_pid.get(pid)
         if hand is None:
-            os.waitpid(pid, 0)
             if pid == self._nursery_pid:
                 # What it (or a middleman of its) said last is still to be read, up to end-of-file.
                 self._nursery_pid = None
-            self._sweep_due = True
+            # Of a dead worker's there may be more: that one's children are this process's now.
+            self._sweep_due = self._sweep_due or not self._is_living(pid)
+            os.waitpid(pid, 0)
             return
         # Not reaped yet, so neither the pid nor the group can be anybody else's.
         kill_group(pid)
@@ -278,26 +280,26 @@ class Crew(Births):
         self._listener.worker_exited(hand.worker, obituary)
 
     def _sweep(self, last: bool = False) -> int:
-        """Kill what dead workers left: children of ours that are neither worker nor nursery.
+        """Kill what dead workers left: children of ours that are neither worker nor nursery, and
+        that no living one's descendants left to us.
 
-        A living worker adopts its own orphans, so what has come to this process is a dead one's. A
-        pool that ran inside that worker is ending by itself, its owner being dead, and tidies up as
-        it does: it is killed only at the end (`last`).
+        A pool that ran inside a dead worker ends by itself, since its owner is dead, and tidies up.
+        It is killed only at the end (`last`).
 
         Returns:
             How many there were.
         """
         pids = children.pids(self._children_fd)
         self._read_nursery()  # a worker may have been born while we looked
-        strays = [pid for pid in pids if pid not in self._by_pid and pid != self._nursery_pid]
-        for pid in strays:
-            # Only this process reaps its children, so the number is still that child's.
-            if last or not children.of_another_pool(pid, self._boot.pool_id):
-                with contextlib.suppress(
-                    PermissionError
-                ):  # it became another user's, by sudo or su
-                    os.kill(pid, signal.SIGKILL)
+        known = {*self._by_pid, self._nursery_pid}
+        strays = [pid for pid in pids if pid not in known and (last or not self._is_living(pid))]
+        children.kill(strays, None if last else self._boot.pool_id)
         return len(strays)
+
+    def _is_living(self, pid: int) -> bool:
+        """Whether a process, or zombie, descends from a living worker or the nursery."""
+        nursery = self._nursery_pid is not None
+        return children.descends(pid, self._hands, self._by_pid, nursery)
 
     # --- those of another manager ---------------------------------------------------------
 
@@ -377,6 +379,10 @@ class Crew(Births):
             hand.pidfd = pidfd
             self._loop.add(pidfd, lambda _: self._outlived(hand))
             self._listener.worker_born(hand.worker, pid)
+            if kin.parent(pid) == self._boot.owner:
+                # What its jobs leave behind goes to the owner, which hears of the worker's end and
+                # not of theirs: another worker, of which we do, takes its place when it is free.
+                hand.page.words[pages.WORN] = 1
 
     def _look_for(self, hand: Hand) -> None:
         """A worker that was taken over may have noted its birth, and said nothing yet."""
@@ -426,7 +432,7 @@ class Crew(Births):
             try:
                 from whitepool_mp.wire import marked
 
-                marked.kill(self._boot.pool_id, living)
+                marked.kill(self._boot.pool_id, living, self._is_living)
             except (OSError, ImportError):  # no descriptor to look with, or to import it
                 self._marked_due = True
 

@@ -30,9 +30,22 @@ def started(pid: int) -> int | None:
 
     Source: proc(5), /proc/pid/stat, field 22.
     """
+    return _stat(pid, 19)
+
+
+def parent(pid: int) -> int | None:
+    """The pid of a process's parent; None if there is no such process.
+
+    Source: proc(5), /proc/pid/stat, field 4.
+    """
+    return _stat(pid, 1)
+
+
+def _stat(pid: int, field: int) -> int | None:
+    """A number from a process's `stat`, counted from its state on."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
+            return int(file.read().rpartition(b")")[2].split()[field])
     except (FileNotFoundError, ProcessLookupError):
         return None
 

@@ -13,10 +13,14 @@ from whitepool_mp.wire import boot as boots
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 
-def kill(pool_id: str, living: Collection[int] = ()) -> None:
+def kill(
+    pool_id: str,
+    living: Collection[int] = (),
+    spared: Callable[[int], bool] = lambda _: False,
+) -> None:
     """SIGKILL to every process born with a pool's marker, but not to this one.
 
     It ends with a pass that finds nobody new.
@@ -24,6 +28,7 @@ def kill(pool_id: str, living: Collection[int] = ()) -> None:
     Args:
         pool_id: the pool's, as in the marker.
         living: the pids of those that are to be left alone, with whatever descends from them.
+        spared: whether the process with a pid, which descends from none of these, is to be as well.
     """
     import psutil
 
@@ -41,7 +46,7 @@ def kill(pool_id: str, living: Collection[int] = ()) -> None:
             pid: int | None = process.pid
             while pid and pid not in living:
                 pid = parents.get(pid)
-            if not pid and process.pid != os.getpid():
+            if not pid and process.pid != os.getpid() and not spared(process.pid):
                 with contextlib.suppress(psutil.Error):  # it has ended (this asks which it is)
                     process.kill()
                     found.add(process)

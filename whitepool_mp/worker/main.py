@@ -3,6 +3,10 @@
     nursery --fork--> run() --READY--> Server.run() --RETIRE--> teardown --> exit code 0
                         |--FAILED(traceback)--> exit code 1
 
+A worker that was asked to stop ends as an interpreter does: after its teardown it waits for threads
+that are no daemons, then runs what `atexit` has. A fresh interpreter does so by itself; a forked
+one ends there, as a child of `multiprocessing` does, without destroying what it shares with others.
+
 A worker that cannot say what happened (killed, crashed) says nothing: the manager is its parent and
 reads its exit status; `faulthandler` has by then written the Python stack beside the page.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import gc
 import os
 import resource as limits
@@ -28,6 +33,7 @@ from whitepool_mp.worker.serve import Server, flush_output
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Callable
     from types import TracebackType
     from typing import NoReturn
 else:
@@ -43,7 +49,59 @@ def run(
     stacks_fd: int,
     lifeline: int,
 ) -> NoReturn:
-    """Be a worker. Never returns: the process ends here, whatever happens.
+    """Be a worker, forked from the nursery. Never returns: the process ends here, whatever happens.
+
+    Args: as for `_live`.
+    """
+    code = 1
+    try:
+        _forget_inherited_exits()
+        code = _live(boot, slot, control_fd, page_fd, stderr_fd, stacks_fd, lifeline)
+        _finish()
+    finally:
+        flush_output()
+        os._exit(code)
+
+
+def _forget_inherited_exits() -> None:
+    """Run nothing at this process's end that was registered for the nursery's.
+
+    What such a handler cleans up is shared with other workers (a temporary folder), or belongs to
+    threads that are not here. But two modules of the standard library register once, when they are
+    imported, what each process is to do with its own. (`multiprocessing` does the same in its own
+    forked children, with these names, and there as well its list of children begins empty.)
+    """
+    atexit._clear()
+    process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
+    if process is not None:
+        process._children = set()  # type: ignore[attr-defined]
+    if util is not None:
+        atexit.register(util._exit_function)
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        atexit.register(logging.shutdown)
+
+
+def _finish() -> None:
+    """Do what an interpreter does when it ends: wait for threads, and run what `atexit` has."""
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        # This has no public name. `multiprocessing` calls it at the end of its own forked children,
+        # and `concurrent.futures` has its executors' threads end by it.
+        threading._shutdown()
+    atexit._run_exitfuncs()
+
+
+def _live(
+    boot: Boot,
+    slot: int,
+    control_fd: int,
+    page_fd: int,
+    stderr_fd: int,
+    stacks_fd: int,
+    lifeline: int,
+) -> int:
+    """Be a worker, up to the end of its teardown. It returns only if it was asked to stop.
 
     Args:
         boot: what the pool's processes were told at the start.
@@ -53,8 +111,11 @@ def run(
         stderr_fd: the pipe that becomes this process's standard error, or -1.
         stacks_fd: the pipe where its stack goes when the manager asks for it, or -1.
         lifeline: the read end of the manager's pipe.
+
+    Returns:
+        The exit code.
     """
-    code = 1
+    code, own, orderly = 1, os.getpid(), False
     try:
         if stderr_fd >= 0:
             _take_stderr(stderr_fd)
@@ -64,9 +125,14 @@ def run(
         # opens one that is nobody's, without O_NOCTTY; the owner's is the owner's.)
         os.setsid()
         _lifeline = linux.die_with(lifeline)
-        linux.adopt_orphans()
         _prepare(boot, slot, page_fd)
-        code = _live(boot, control_fd, page_fd, stacks_fd)
+        end = _serve(boot, control_fd, page_fd, stacks_fd)
+        if isinstance(end, int):
+            code = end
+        else:
+            orderly = True
+            end()
+            code = 0
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as request:
@@ -75,9 +141,10 @@ def run(
         import traceback
 
         traceback.print_exc()
-    finally:
+    if not orderly or os.getpid() != own:
         flush_output()
         os._exit(code & 0xFF)
+    return code & 0xFF
 
 
 def _take_stderr(fd: int) -> None:
@@ -126,7 +193,6 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     # The manager raised its limit of descriptors; programs that use select() want the usual one.
     soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
     limits.setrlimit(limits.RLIMIT_NOFILE, (min(soft, boot_soft_limit(hard)), hard))
-    atexit._clear()
     sys.argv[:] = boot.argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -143,7 +209,13 @@ def boot_soft_limit(hard: int) -> int:
     return 1024 if hard == limits.RLIM_INFINITY else min(1024, hard)
 
 
-def _live(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int:
+def _serve(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int | Callable[[], object]:
+    """Build the resource and serve.
+
+    Returns:
+        The teardown, if a clean stop was asked for; otherwise the code to exit with at once, since
+        nobody is there who would end a process that does not come to its end.
+    """
     control = Socket(fileno=control_fd)
     control.setblocking(True)
     page = pages.Page(page_fd)
@@ -173,10 +245,8 @@ def _live(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int:
     os.register_at_fork(after_in_child=server.close_inherited)
     if not server.run():
         return 0
-    if teardown is not None:
-        teardown(resource)
-    atexit._run_exitfuncs()
-    return 0
+    server.leave_open()
+    return (lambda: None) if teardown is None else functools.partial(teardown, resource)
 
 
 def _say(control: Socket, frame: bytes) -> bool:
@@ -209,4 +279,4 @@ def main(boot_fd: int, slot: int, *fds: int) -> NoReturn:
     for fd in fds[:-1]:  # they came through an exec, and are to go no further
         if fd >= 0:
             os.set_inheritable(fd, False)
-    run(boot, slot, *fds)
+    sys.exit(_live(boot, slot, *fds))

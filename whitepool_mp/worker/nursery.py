@@ -28,7 +28,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors, signals
+from whitepool_mp.wire import descriptors, lineage, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
@@ -126,6 +126,8 @@ def begin(
         escrow.park(FIRST[0], kit.kept())
         if boot.start_method == "loky":
             pid = _exec(boot, boot_fd, FIRST[1], kit.order(), lifeline)
+            # An interpreter takes longer to start than this, and what it started would be killed.
+            lineage.mark(pid, lineage.of(FIRST[0]))
         nursery = fork(boot, lifeline, escrow)
         if pid is None:
             order(nursery[1], *FIRST, kit)
@@ -170,6 +172,7 @@ def _leave_manager(*keep: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signals.disregard(signal.SIGINT)
     signals.spare()  # for a preload, and for workers
+    lineage.enter(lineage.NURSERY)
     os.setsid()  # for the same reason as a worker: it may be stopped, with orders to carry out
     previous = 2
     for fd in sorted(keep):
@@ -223,7 +226,7 @@ class _Nursery:
     def _preload(self) -> bool:
         if not self._boot.preload:
             return True
-        import importlib
+        from whitepool_mp.worker import preload
 
         gc.enable()
         signals.restore()  # programs that user code starts here must be able to get them
@@ -231,15 +234,10 @@ class _Nursery:
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
         sys.argv[:] = self._boot.argv
-        for name in self._boot.preload:
-            try:
-                importlib.import_module(name)
-            except BaseException:
-                import traceback
-
-                text = f"preload of {name!r} failed:\n{traceback.format_exc()}"
-                self._sock.send(bytes((BROKEN_KIND,)) + text.encode()[-MAX_TEXT:])
-                return False
+        problem = preload.load(self._boot.preload)
+        if problem:
+            self._sock.send(bytes((BROKEN_KIND,)) + problem.encode()[-MAX_TEXT:])
+            return False
         linux.disarm(armed)
         os.close(armed)
         signals.block()
@@ -298,6 +296,7 @@ class _Nursery:
 
     def _middleman(self, worker: int, slot: int, fds: list[int]) -> NoReturn:
         try:
+            lineage.enter(lineage.of(worker))  # before there is the worker, which inherits it
             if self._boot.start_method == "loky":
                 pid = _exec(self._boot, self._boot_fd, slot, fds, self._lifeline)
             else:

@@ -82,6 +82,13 @@ class Server(Calls):
         self._control.close()
         self._poll.close()
 
+    def leave_open(self) -> None:
+        """Have every socket end with this process, however long that takes, not with this object:
+        who finds one closed takes the process for dead, or unreachable."""
+        for channel in self._channels.values():
+            channel.sock.detach()
+        self._control.detach()
+
     def _hear_manager(self) -> bool:
         try:
             data, fds = descriptors.receive(self._control, 4096, 64)
