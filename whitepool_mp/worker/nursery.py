@@ -28,7 +28,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors
+from whitepool_mp.wire import descriptors, folder, marked
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
@@ -241,12 +241,15 @@ class _Nursery:
         return True
 
     def _warm_up(self) -> None:
-        """Nothing to do just now: import what the next workers may want."""
+        """Nothing to do just now: import what the next workers may want, and look round."""
         self._import_usual()
         if self._boot.start_method == "forkserver":
             from whitepool_mp.wire import by_value  # noqa: F401
 
             gc.freeze()
+        for place in self._boot.folders:
+            if os.path.isdir(place):
+                folder.sweep(os.path.dirname(place))
 
     def _import_usual(self) -> None:
         """Import what most user code does, once for all workers but the first: that one cannot wait
@@ -310,16 +313,13 @@ class _Nursery:
 
     def _clean_up(self) -> None:
         """Nobody wants workers from here any more: another manager has a nursery of its own, or the
-        owner has ended too. If the pool ended in order there is nothing left to do."""
-        folder = self._boot.folder
+        owner has ended too. If the pool ended in order there is nothing left to find."""
         poller = select.poll()
         poller.register(self._lifeline, select.POLLIN)
         # The two ends of a dying owner come one after the other.
-        if not poller.poll(_MOMENT_MS) or not os.path.isdir(folder):
+        if not poller.poll(_MOMENT_MS):
             return
-        remove(folder)
-        from whitepool_mp.wire import marked
-
+        folder.remove(self._boot.folders)
         marked.kill(self._boot.pool_id)
 
 
@@ -369,12 +369,3 @@ class _Subprocess(ModuleType):
         import subprocess
 
         return getattr(subprocess, name)
-
-
-def remove(folder: str) -> None:
-    """Remove a pool's folder, in which there is at most the socket."""
-    for end, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
-        try:
-            end(path)
-        except OSError:  # somebody was quicker
-            pass
