@@ -162,8 +162,8 @@ def test_a_folder_whose_pool_was_killed_at_one_stroke_is_swept(
     start_method: str, new_pool: NewPool
 ) -> None:
     code = """
-        told = cast(pool(1).run_service())
-        tell(told)
+        session = pool(1).run_service()
+        tell(cast(session))
         sys.stdin.readline()
     """
     with script(code, start_method) as owner:
