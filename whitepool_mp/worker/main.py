@@ -65,6 +65,7 @@ def run(
         os.setsid()
         _lifeline = linux.die_with(lifeline)
         linux.adopt_orphans()
+        linux.be_killed_first()
         _prepare(boot, slot, page_fd)
         code = _live(boot, control_fd, page_fd, stacks_fd)
     except KeyboardInterrupt:
