@@ -21,6 +21,7 @@ import threading
 import time
 
 from whitepool_mp.client import folder as folders
+from whitepool_mp.client import kernel
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
@@ -38,6 +39,8 @@ _QUICK_DEATHS = 20
 """How many in a row may die within a second of their start."""
 
 
+_LULL_MS = 1000
+"""How long after the start this process imports what it may want when that cannot be had."""
 _QUEUE_BYTES = 1 << 20
 """Room for descriptors in escrow, of which the kernel gives what it allows."""
 
@@ -56,10 +59,7 @@ class Owner:
     """
 
     def __init__(self, config: PoolConfig) -> None:
-        if not hasattr(os, "pidfd_open") or not hasattr(os, "memfd_create"):
-            raise WhitepoolError(
-                f"whitepool_mp needs Linux 5.3 or newer; this is {sys.platform}, without pidfds"
-            )
+        kernel.require()
         factory = teardown = None
         if config.factory is not None:
             factory = payload.dump_function(config.factory, "factory")
@@ -90,7 +90,7 @@ class Owner:
             env=worker_env(config),
             factory=factory,
             teardown=teardown,
-            sys_path=[os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+            sys_path=[_absolute(entry) if entry == "" else entry for entry in sys.path],
             argv=list(sys.argv),
             interpreter=_interpreter(),
         )
@@ -195,6 +195,10 @@ class Owner:
     def _watch(self) -> None:
         """The thread: wait for the manager's death, and start another one unless it is the end."""
         try:
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            if not poller.poll(_LULL_MS):
+                _warm_up()
             going_on = True
             while going_on:
                 poller = select.poll()
@@ -333,6 +337,25 @@ class Owner:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def _warm_up() -> None:
+    """Have ready what is wanted at deaths and at the end: the interpreter's files may be gone then,
+    replaced under a process that lives for long."""
+    with contextlib.suppress(Exception):  # they are gone already
+        import json  # noqa: F401
+        import traceback  # noqa: F401
+
+        import whitepool_mp.client.threaded  # noqa: F401
+
+
+def _absolute(entry: str) -> str:
+    """An entry of `sys.path` that is relative; as it is if the working directory is gone, where
+    there is nothing to import either."""
+    try:
+        return os.path.abspath(entry)
+    except FileNotFoundError:
+        return entry
 
 
 def _interpreter() -> list[str]:
