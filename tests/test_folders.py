@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from anatomy import gone, kill, manager, nursery, workers
-from support import NewPool, files, until
+from support import NewPool, until
 from user_script import all_gone, script
 
 from whitepool_mp import Session
@@ -134,6 +134,11 @@ def test_a_socket_that_cannot_be_reached_is_no_pool_that_was_shut_down(session: 
     assert "lives" in said[0] and "No such file" in said[0]
 
 
+def pool_folders() -> set[str]:
+    """The folders of all pools of this test run."""
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("whitepool-")}
+
+
 STARTING = """
     tell(1)
     session = pool(2).run_service()
@@ -143,7 +148,7 @@ STARTING = """
 
 
 def test_an_owner_killed_at_any_moment_of_the_start_leaves_nothing(start_method: str) -> None:
-    before = files()
+    before = pool_folders()
     for moment in range(16):
         with script(STARTING, start_method) as owner:
             owner.hear()
@@ -153,7 +158,7 @@ def test_an_owner_killed_at_any_moment_of_the_start_leaves_nothing(start_method:
 
     def clean() -> bool:
         """no folder left"""
-        return files() <= before
+        return pool_folders() <= before
 
     until(clean)
 
