@@ -119,9 +119,9 @@ def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method
 def test_a_manager_out_of_descriptors_lets_in_who_has_a_connection_already(start_method):
     with Pool(pool_size=1, start_method=start_method) as session:
         testing.wait_until_whole(session)
-        path, key, token = session._member.joining()
+        address, key, token = session._member.joining()
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(path)
+            address.connect(sock)
             decoder, handshake = frames.FrameDecoder(), Handshake(key, token)
             (challenge,) = decoder.feed(sock.recv(4096))
             limit_manager(session, 3)

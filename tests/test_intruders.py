@@ -136,8 +136,10 @@ def test_another_user_who_gets_to_the_socket_does_not_get_in(session: Session) -
     os.chmod(path, 0o777)
     os.chmod(os.path.dirname(path), 0o755)
 
+    address = session._member.joining()[0]
+
     def knock() -> str:
-        Link(path, bytes(frames.KEY_BYTES), os.urandom(frames.MEMBER_BYTES))
+        Link(address, bytes(frames.KEY_BYTES), os.urandom(frames.MEMBER_BYTES))
         return "in"
 
     assert as_nobody(knock) == "AuthenticationFailed"
@@ -172,7 +174,7 @@ def test_a_proof_that_was_overheard_opens_nothing(session: Session) -> None:
             heard = frames.FrameDecoder().feed(shown_out(sock))
             assert [body[0] for body in heard] == [frames.CHALLENGE, frames.DENIED]
     with pytest.raises(AuthenticationFailed):
-        Link(session._member.path, key[::-1], bytes(16))
+        Link(session._member.joining()[0], key[::-1], bytes(16))
     serves_on(session)
 
 

@@ -70,7 +70,7 @@ class Pool:
         ticket = (
             owner.pool_id,
             config.name,
-            owner.path,
+            owner.address,
             owner.key,
             config.factory is not None,
             config.pool_size + config.max_overflow,

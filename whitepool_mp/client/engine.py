@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from whitepool_mp.client.address import Address
 from whitepool_mp.client.channels import Channels
 from whitepool_mp.client.dispatch import Dispatcher
 from whitepool_mp.client.engine_lease import EngineLease
@@ -52,16 +53,18 @@ class Engine(Channels):
     """See the module's text. Everything but `post` and `put` is for the driver's thread alone.
 
     Args:
-        path, key, token: how to join.
+        address, key, token: how to join.
         member: the membership, for its errors; weak, so that an idle engine keeps no pool alive.
     """
 
-    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
+    def __init__(
+        self, address: Address, key: bytes, token: bytes, member: weakref.ref[Member]
+    ) -> None:
         self._member = member
-        self._sock = dial(path)  # before the epoll: if it fails nothing has been opened
+        self._sock = dial(address)  # before the epoll: if it fails nothing has been opened
         self._sock.setblocking(False)
         super().__init__()
-        self._joining = path, key, token
+        self._joining = address, key, token
         self._link = new_link()
         self._generation = 0  # of the manager: none yet
         self._joins = 0
@@ -91,7 +94,7 @@ class Engine(Channels):
             self._outbox,
             self.jobs.kept,
             self._sock,
-            (path, self._link, self._marks),
+            (address, self._link, self._marks),
             self._epoll,
             self._wake,
         )
@@ -325,10 +328,10 @@ class Engine(Channels):
 
     def _rejoin(self) -> None:
         """The connection ended: join the manager that takes over, if there is to be one."""
-        path, key, token = self._joining
+        address, key, token = self._joining
         self._joins += 1
         try:
-            sock = dial(path) if self._joins <= JOINS else None
+            sock = dial(address) if self._joins <= JOINS else None
         except LinkBroken:
             sock = None
         if sock is None:
@@ -435,14 +438,14 @@ def _give_back(outbox: bytearray, kept: Kept, sock: socket.socket) -> None:
         sock.send(data)
 
 
-def _say_over(path: str, link: int, marks: list[memoryview], sock: socket.socket) -> None:
+def _say_over(address: Address, link: int, marks: list[memoryview], sock: socket.socket) -> None:
     """Say that a connection is over where also the next manager sees it.
 
     One that was killed does not see the connection end, or read what was sent last; and the one
     after it has seen it neither, and would keep for a client that lives what it held.
 
     Args:
-        path: where the manager listens.
+        address: where the manager listens.
         link: the connection's own number; in its mark it says that it is over.
         marks: its mark.
         sock: the connection, about to be closed.
@@ -452,14 +455,14 @@ def _say_over(path: str, link: int, marks: list[memoryview], sock: socket.socket
     poller.register(sock, 0)
     if poller.poll(0):  # hung up: that manager is gone, and another may have read the marks before
         with contextlib.suppress(LinkBroken, TimedOut):
-            dial(path, time.monotonic()).close()  # it looks again when a stranger goes
+            dial(address, time.monotonic()).close()  # it looks again when a stranger goes
 
 
 def _leave(
     outbox: bytearray,
     kept: Kept,
     sock: socket.socket,
-    over: tuple[str, int, list[memoryview]],
+    over: tuple[Address, int, list[memoryview]],
     epoll: select.epoll,
     wake: int,
 ) -> None:

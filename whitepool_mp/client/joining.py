@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 
+from whitepool_mp.client.address import Address
 from whitepool_mp.errors import AuthenticationFailed, ProtocolError
 from whitepool_mp.wire import auth, frames
 
@@ -31,11 +32,11 @@ class TimedOut(Exception):
 _dialled: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
-def dial(path: str, deadline: float | None = None) -> socket.socket:
+def dial(address: Address, deadline: float | None = None) -> socket.socket:
     """A connected, not yet proven, socket.
 
     Args:
-        path: where the manager listens.
+        address: where the manager listens.
         deadline: until when to try, on the monotonic clock; None for ever. (It connects at once,
             unless thousands queue up before a manager that is stopped.)
 
@@ -48,14 +49,14 @@ def dial(path: str, deadline: float | None = None) -> socket.socket:
     try:
         if deadline is not None:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
-        sock.connect(path)
+        address.connect(sock)
         sock.settimeout(None)
     except TimeoutError:
         sock.close()
         raise TimedOut from None
     except OSError as error:
         sock.close()
-        raise LinkBroken(str(error)) from None
+        raise LinkBroken(f"{type(error).__name__}: {error}") from None
     return sock
 
 

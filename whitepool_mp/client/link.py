@@ -23,6 +23,7 @@ from collections import deque
 from typing import Any
 
 from whitepool_mp.client import poller
+from whitepool_mp.client.address import Address
 from whitepool_mp.client.joining import JOINS, Handshake, LinkBroken, TimedOut, dial, new_link
 from whitepool_mp.client.unheard import Unheard
 from whitepool_mp.wire import descriptors, frames
@@ -65,7 +66,7 @@ class Link:
     Sending a checkin or a destroy is allowed from any thread.
 
     Args:
-        path, key, member: how to join.
+        address, key, member: how to join.
         deadline: until when to try, on the monotonic clock; None for as long as the manager lives.
 
     Raises:
@@ -74,9 +75,11 @@ class Link:
         AuthenticationFailed: one side does not have the key.
     """
 
-    def __init__(self, path: str, key: bytes, member: bytes, deadline: float | None = None) -> None:
+    def __init__(
+        self, address: Address, key: bytes, member: bytes, deadline: float | None = None
+    ) -> None:
         poller.check()
-        self._joining = path, key, member
+        self._joining = address, key, member
         self._id = new_link()
         self._fds: deque[int] = deque()
         self._inbox: deque[bytes] = deque()
@@ -96,9 +99,9 @@ class Link:
 
     def _join(self, deadline: float | None) -> tuple[socket.socket, frames.FrameDecoder, int]:
         """A proven connection to whoever is the manager."""
-        path, key, member = self._joining
+        address, key, member = self._joining
         for _ in range(JOINS):
-            sock = dial(path, deadline)
+            sock = dial(address, deadline)
             try:
                 handshake, decoder = Handshake(key, member, self._id), frames.FrameDecoder()
                 while not handshake.done:

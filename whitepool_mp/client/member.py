@@ -24,6 +24,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from whitepool_mp.client.address import Address
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.joining import LinkBroken, TimedOut, dial
 from whitepool_mp.client.link import Link
@@ -57,8 +58,8 @@ class Leased(Protocol):
 
 L = TypeVar("L", bound=Leased)
 
-Ticket = tuple[str, str, str, bytes, bool, int]
-"""What makes a session in another process: pool id, name, path, key, has a factory, capacity."""
+Ticket = tuple[str, str, Address, bytes, bool, int]
+"""What makes a session in another process: pool id, name, address, key, has a factory, capacity."""
 
 _members: weakref.WeakValueDictionary[str, Member] = weakref.WeakValueDictionary()
 _everyone: weakref.WeakSet[Member] = weakref.WeakSet()
@@ -74,7 +75,8 @@ class Member:
 
     def __init__(self, ticket: Ticket, owner: Owner | None = None) -> None:
         self.ticket = ticket
-        self.pool_id, self.name, self.path, self._key, self.has_factory, self.capacity = ticket
+        self.pool_id, self.name, self._address, self._key, self.has_factory, self.capacity = ticket
+        self.path = self._address.path
         self.owner = owner
         self.closed = False
         self.draining = False
@@ -144,8 +146,14 @@ class Member:
         """The error that says why the manager does not answer."""
         title = f"pool {self.name!r}"
         if self.owner is not None and not self.closed:
-            if not self.owner.wait(0) and self._answers():
+            problem = ""
+            if not self.owner.wait(0) and not (problem := self._unreachable()):
                 return self._unwelcome(title)
+            if self.owner.listens:
+                return WhitepoolError(
+                    f"the manager of {title} lives, and its socket {self.path} cannot be reached: "
+                    f"{problem}"
+                )
             if self.owner.wait(1.0) and self.owner.lost:
                 code = self.owner.exitcode
                 how = "died"
@@ -153,14 +161,19 @@ class Member:
                     how = f"died with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
                 return ManagerDied(
                     f"the manager of {title} (pid {self.owner.manager}) {how}, and so did those "
-                    "before it, or none can be started: the pool is gone and its workers with it; "
-                    "make a new one"
+                    f"before it, or none can be started{self.owner.why}: the pool is gone and its "
+                    "workers with it; make a new one"
                 )
-        elif not self.closed and self._answers():
+        elif not self.closed and not self._unreachable():
             return self._unwelcome(title)
         elif not self.closed and os.path.exists(self.path):
             return ManagerDied(
                 f"the owner of {title} died, and its manager: the pool is gone; make a new one"
+            )
+        elif not self.closed:
+            return PoolClosed(
+                f"{title} was shut down, or cannot be reached from this process: its folder "
+                f"{os.path.dirname(self.path)} is gone; make a new pool"
             )
         return PoolClosed(f"{title} was shut down: no worker can be had from it; make a new pool")
 
@@ -171,9 +184,9 @@ class Member:
             "descriptor left; try again"
         )
 
-    def joining(self) -> tuple[str, bytes, bytes]:
-        """What a connection needs to join: path, key and this membership's token."""
-        return self.path, self._key, self._token
+    def joining(self) -> tuple[Address, bytes, bytes]:
+        """What a connection needs to join: address, key and this membership's token."""
+        return self._address, self._key, self._token
 
     def closing(self) -> WhitepoolError:
         """The error for a checkout after a shutdown was begun here."""
@@ -194,13 +207,13 @@ class Member:
                     stacklevel=4,
                 )
 
-    def _answers(self) -> bool:
-        """Whether somebody listens at the pool's socket."""
+    def _unreachable(self) -> str:
+        """Why nobody is to be reached at the pool's socket; empty if somebody is."""
         try:
-            dial(self.path).close()
-        except LinkBroken:
-            return False
-        return True
+            dial(self._address).close()
+        except LinkBroken as error:
+            return str(error)
+        return ""
 
     # --- leases ---------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The process that made the pool: starting its manager, and another one in its place if it dies.
 
     Owner --starts--> manager     what they leave to each other: ledger, escrow (`wire`), listener
+      |-- makes the folder        where the listener has its name (`folder`)
       '-- a thread waits for its death: in order, that is the end; otherwise another takes over
 
 The lifeline is a pipe that nobody writes to. Its end-of-file tells the workers (by way of the
@@ -20,18 +21,19 @@ import sys
 import threading
 import time
 
+from whitepool_mp.client import folder as folders
+from whitepool_mp.client import kernel
 from whitepool_mp.client.adopted import Adopted
 from whitepool_mp.client.poller import check as check_waiting
 from whitepool_mp.config import PoolConfig, worker_env
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import frames, payload, signals
+from whitepool_mp.wire import folder as pool_folder
+from whitepool_mp.wire import frames, marked, payload, signals
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.ledger import Ledger
 
-_LONGEST_PATH = 100
-"""A Unix socket's path has at most 107 bytes."""
 _PATIENCE = 10.0
 _FALSE_STARTS = 3
 """How many managers in a row may die before they serve, until the pool is given up."""
@@ -40,6 +42,8 @@ _QUICK_DEATHS = 20
 """How many in a row may die within a second of their start."""
 
 
+_LULL_MS = 1000
+"""How long after the start this process imports what it may want when that cannot be had."""
 _QUEUE_BYTES = 1 << 20
 """Room for descriptors in escrow, of which the kernel gives what it allows."""
 
@@ -48,19 +52,18 @@ class Owner:
     """The manager as its parent sees it, whichever it is just now.
 
     Attributes:
-        path: the socket to join by, in a folder that only this user may enter.
+        address: how to join, by a socket in a folder that only this user may enter.
+        folder: that folder.
         key: the pool's key.
         manager: the pid of the manager that was started last.
         exitcode: how the last manager that ended did; None if nobody can know.
         lost: whether the pool has ended because its manager died and there is no other.
+        why: what is in the way of another, if that is known.
     """
 
     def __init__(self, config: PoolConfig) -> None:
         check_waiting()
-        if not hasattr(os, "pidfd_open") or not hasattr(os, "memfd_create"):
-            raise WhitepoolError(
-                f"whitepool_mp needs Linux 5.3 or newer; this is {sys.platform}, without pidfds"
-            )
+        kernel.require()
         factory = teardown = None
         if config.factory is not None:
             factory = payload.dump_function(config.factory, "factory")
@@ -71,6 +74,7 @@ class Owner:
         self.pool_id = os.urandom(12).hex()
         self.exitcode: int | None = None
         self.lost = False
+        self.why = ""
         self._name = config.name
         self._ending = False
         self._forked = False
@@ -79,51 +83,39 @@ class Owner:
         self._pidfd = -1
         self._adopted = Adopted()
         self._deaths = self._false_starts = 0
-        self.folder = _folder(self.pool_id)
-        self.path = os.path.join(self.folder, "manager")
         self._boot = Boot(
             pool_id=self.pool_id,
             name=config.name,
             key=self.key,
             owner=self.pid,
-            folder=self.folder,
+            folders=folders.candidates(self.pool_id),
             policy=tuple(config.policy()),
             start_method=config.start_method,
             preload=tuple(config.preload),
             env=worker_env(config),
             factory=factory,
             teardown=teardown,
-            sys_path=[os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+            sys_path=[_absolute(entry) if entry == "" else entry for entry in sys.path],
             argv=list(sys.argv),
             interpreter=_interpreter(),
         )
         self._open: contextlib.ExitStack | None = None
+        self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
+        step = f"the manager of pool {config.name!r} could not be started"
         try:
             self._prepare()
             self._launch()
-        except BaseException as error:
-            if self._pidfd >= 0:  # a signal's handler raised just when it had been started
-                self._signal(signal.SIGKILL)
-                self._reap()
-            self._close()
-            _remove(self.folder)
-            if isinstance(error, OSError):
-                raise WhitepoolError(
-                    f"the manager of pool {config.name!r} could not be started: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            raise
-        self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
-        try:
+            self._listen()
+            step = f"pool {config.name!r} needs a thread that watches its manager"
             self._thread.start()
         except BaseException as error:
-            self._signal(signal.SIGKILL)
-            self._reap()
-            self._finish()
-            if isinstance(error, RuntimeError):
-                raise WhitepoolError(
-                    f"pool {config.name!r} needs a thread that watches its manager: {error}"
-                ) from error
+            if self._open is not None:
+                if self._pidfd >= 0:
+                    self._signal(signal.SIGKILL)
+                    self._reap()
+                self._finish()
+            if isinstance(error, (OSError, RuntimeError)):
+                raise WhitepoolError(f"{step}: {type(error).__name__}: {error}") from error
             raise
 
     # --- managers -------------------------------------------------------------------------
@@ -132,14 +124,6 @@ class Owner:
         """Make what managers leave to each other."""
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            try:
-                self._listener.bind(self.path)
-            except OSError as error:  # its folder's disk is full
-                raise WhitepoolError(
-                    f"the socket of pool {self._name!r} could not be made in {self.folder}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            self._listener.listen(4096)
             self._inlet, self._outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(self._inlet)
             stack.enter_context(self._outlet)
@@ -154,7 +138,24 @@ class Owner:
             self._lifeline, end = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, self._lifeline)
             stack.callback(os.close, end)
+            # What is written to it stays there, for one manager after the other.
+            self._listening, self._listens = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, self._listening)
+            stack.callback(self._close_listens)
             self._open = stack.pop_all()
+
+    def _listen(self) -> None:
+        """Make the folder and the socket in it, now that there is a manager to remove them, and
+        have that go on."""
+        assert self._open is not None
+        self.folder, self.address = folders.listen(self._boot.folders, self._listener, self._open)
+        os.write(self._listens, b"!")
+        self._close_listens()
+
+    def _close_listens(self) -> None:
+        fd, self._listens = self._listens, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _launch(self) -> None:
         """Start a manager.
@@ -170,6 +171,7 @@ class Owner:
             self._inlet.fileno(),
             self._outlet.fileno(),
             self._end_fd,
+            self._listening,
         )
         fd = boots.write(self._boot)
         before = signals.block()  # inherited: signals of others never reach it
@@ -206,6 +208,10 @@ class Owner:
         And reap what a killed one's death made this process's children, as it ends.
         """
         try:
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            if not poller.poll(_LULL_MS):
+                _warm_up()
             going_on = True
             while going_on:
                 poller = select.poll()
@@ -244,25 +250,30 @@ class Owner:
         self._false_starts = 0 if served else self._false_starts + 1
         self._deaths = self._deaths + 1 if quick else 0
         if self._false_starts < _FALSE_STARTS and self._deaths < _QUICK_DEATHS:
-            with contextlib.suppress(OSError):  # no process or no descriptor is to be had
+            try:
                 self._launch()
                 return True
+            except Exception as error:
+                # No process or no descriptor is to be had, the interpreter is gone, this one is
+                # about to end: whatever it is, it is not for this thread to die of.
+                self.why = f" ({type(error).__name__}: {error})"
         self.lost = True
         return False
 
     def _finish(self) -> None:
         """The pool has ended: what it had in this process is closed, and what is left is killed."""
-        orderly = bool(self._ledger.words[ledgers.FINISHED])
-        with self._lock:
-            self._close()
-        if not orderly:
-            from whitepool_mp.wire import marked
-
-            marked.kill(self.pool_id)
-        if self._deaths:
-            self._adopted.end(_PATIENCE)
-        _remove(self.folder)
-        self._over.set()
+        try:
+            orderly = bool(self._ledger.words[ledgers.FINISHED])
+            with self._lock:
+                self._close()
+            if not orderly:
+                with contextlib.suppress(OSError):  # no descriptor is left to look with
+                    marked.kill(self.pool_id)
+            if self._deaths:
+                self._adopted.end(_PATIENCE)
+            pool_folder.remove(self._boot.folders)
+        finally:
+            self._over.set()
 
     def _close(self) -> None:
         stack, self._open = self._open, None
@@ -270,6 +281,11 @@ class Owner:
             stack.close()
 
     # --- the end --------------------------------------------------------------------------
+
+    @property
+    def listens(self) -> bool:
+        """Whether there still is what managers listen at."""
+        return self._open is not None
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the pool to end.
@@ -289,6 +305,9 @@ class Owner:
         """
         if self._forked or os.getpid() != self.pid:
             return
+        if sys.is_finalizing():
+            self._end_alone()
+            return
         self._ask()
         if threading.current_thread() is self._thread:
             return  # collected there: the thread is about to see to it
@@ -296,6 +315,20 @@ class Owner:
             # Stopped or stuck. The workers end with the lifeline.
             self._signal(signal.SIGKILL)
             self.wait(None)
+
+    def _end_alone(self) -> None:
+        """The interpreter is being taken down, and the thread that watches gets no turn any more:
+        not to see the end, nor to let go of a lock."""
+        if self._pidfd < 0 or self._open is None:
+            return
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        os.eventfd_write(self._end_fd, 1)
+        if not poller.poll(_PATIENCE * 1000):
+            self._send(signal.SIGKILL)
+            poller.poll()
+        self._close()
+        pool_folder.remove(self._boot.folders)
 
     def ask_to_end(self) -> int | None:
         """Ask the manager to end the pool.
@@ -316,9 +349,12 @@ class Owner:
 
     def _signal(self, number: int) -> None:
         with self._lock:
-            if self._pidfd >= 0:
-                with contextlib.suppress(ProcessLookupError):  # other code of ours reaped it
-                    signal.pidfd_send_signal(self._pidfd, number)
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):  # other code of ours reaped it
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def forked(self) -> None:
         """In a forked child: this is not ours."""
@@ -330,38 +366,26 @@ class Owner:
             self._pidfd = -1
 
 
+def _warm_up() -> None:
+    """Have ready what is wanted at deaths and at the end: the interpreter's files may be gone then,
+    replaced under a process that lives for long."""
+    with contextlib.suppress(Exception):  # they are gone already
+        import json  # noqa: F401
+        import traceback  # noqa: F401
+
+        import whitepool_mp.client.threaded  # noqa: F401
+
+
+def _absolute(entry: str) -> str:
+    """An entry of `sys.path` that is relative; as it is if the working directory is gone, where
+    there is nothing to import either."""
+    try:
+        return os.path.abspath(entry)
+    except FileNotFoundError:
+        return entry
+
+
 def _interpreter() -> list[str]:
     """How to start an interpreter with the flags of this one."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [sys.executable, *flags]
-
-
-def _folder(pool_id: str) -> str:
-    """A new folder for the socket, short enough for one, that only this user may enter.
-
-    It is where `tempfile` would put it, without the 3 ms that importing that takes.
-    """
-    chosen = getattr(sys.modules.get("tempfile"), "tempdir", None)
-    wishes = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    problem: OSError | None = None
-    for base in (chosen, *wishes, "/tmp", "/var/tmp"):
-        if not base or len(os.fsencode(base)) + 40 > _LONGEST_PATH:
-            continue
-        try:
-            folder = os.path.join(os.path.abspath(base), f"whitepool-{pool_id[:16]}")
-            os.mkdir(folder, 0o700)
-        except OSError as error:
-            problem = problem or error
-        else:
-            return folder
-    raise WhitepoolError(f"there is no temporary folder to be had: {problem}") from problem
-
-
-def _remove(folder: str) -> None:
-    """Remove a pool's folder, in which there is at most the socket.
-
-    It takes no descriptor, which `shutil.rmtree` would: there may be none left.
-    """
-    for remove, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
-        with contextlib.suppress(OSError):  # the manager or the nursery was quicker
-            remove(path)

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+from whitepool_mp.client.address import Address
 from whitepool_mp.client.engine import Engine
 from whitepool_mp.client.future import JobFuture
 from whitepool_mp.client.joining import LinkBroken
@@ -23,9 +24,11 @@ def _look() -> None:
 class Threaded:
     """An engine with a daemon thread that drives it."""
 
-    def __init__(self, path: str, key: bytes, token: bytes, member: weakref.ref[Member]) -> None:
+    def __init__(
+        self, address: Address, key: bytes, token: bytes, member: weakref.ref[Member]
+    ) -> None:
         try:
-            self.engine = Engine(path, key, token, member)
+            self.engine = Engine(address, key, token, member)
         except LinkBroken:
             present = member()
             raise (present.gone() if present else PoolClosed("the pool was shut down")) from None

@@ -28,7 +28,7 @@ from whitepool_mp.manager.births import Births
 from whitepool_mp.manager.hand import Hand, kill, kill_group
 from whitepool_mp.manager.obituary import Obituary, OomKills, is_exiting, read_stack
 from whitepool_mp.manager.relay import last_lines
-from whitepool_mp.wire import descriptors, frames, pages
+from whitepool_mp.wire import descriptors, frames, marked, pages
 from whitepool_mp.wire.descriptors import Socket
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -430,10 +430,8 @@ class Crew(Births):
             if self._nursery_pid is not None:
                 living.add(self._nursery_pid)
             try:
-                from whitepool_mp.wire import marked
-
                 marked.kill(self._boot.pool_id, living, self._is_living)
-            except (OSError, ImportError):  # no descriptor to look with, or to import it
+            except OSError:  # no descriptor to look with
                 self._marked_due = True
 
     # --- the workers' own words -----------------------------------------------------------

@@ -9,11 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import sys
 
 from whitepool_mp.wire import boot as boots
+from whitepool_mp.wire import folder, signals
 from whitepool_mp.wire import ledger as ledgers
-from whitepool_mp.wire import signals
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import Escrow
 from whitepool_mp.wire.ledger import Ledger
@@ -33,6 +34,7 @@ def main(
     inlet_fd: int,
     outlet_fd: int,
     end_fd: int,
+    listening: int,
 ) -> NoReturn:
     """Be the manager. All descriptors are the owner's, and this process's copies.
 
@@ -43,21 +45,23 @@ def main(
         lifeline: the read end of the pipe that ends with the owner.
         inlet_fd, outlet_fd: the two ends of the queue of descriptors in escrow.
         end_fd: readable once the owner has asked for the end.
+        listening: readable once the owner has made the folder, and listens there.
     """
     # They have been since this process was born, whatever else the owner's thread had blocked.
     signals.restore(signals.OTHERS)
     boot = boots.read(boot_fd)
-    given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd]
+    given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd, listening]
     if min(given) <= 2 or None in (sys.stdin, sys.stdout, sys.stderr):
         given = _stand_clear(*given)
-        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd = given
+        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd, listening = given
     for fd in given:
         os.set_inheritable(fd, False)
     code = 1
     try:
         _stand_apart()
         owner = _watch(boot.owner)
-        if owner is not None:
+        if owner is not None and _listens(listening, owner):
+            os.close(listening)
             ledger = Ledger(ledger_fd)
             escrow = Escrow(Socket(fileno=inlet_fd), Socket(fileno=outlet_fd))
             first = None
@@ -72,7 +76,7 @@ def main(
             ends = owner, lifeline, end_fd
             serve(boot, listener_fd, ends, lifeline, nursery, first, ledger, escrow)
         else:
-            nurseries.remove(boot.folder)
+            folder.remove(boot.folders)
         code = 0
     finally:
         if code:
@@ -115,3 +119,16 @@ def _watch(owner: int) -> int | None:
         return None
     # The owner is this process's parent, unless it died and another got its number.
     return fd if os.getppid() == owner else None
+
+
+def _listens(listening: int, owner: int) -> bool:
+    """Wait until the owner listens; False if it died first.
+
+    It makes the folder when this process lives, which is to remove it: whenever the owner is
+    killed, before it makes the folder or after, nobody makes it once its death is seen here.
+    """
+    poller = select.poll()
+    poller.register(listening, select.POLLIN)
+    poller.register(owner, select.POLLIN)
+    ready = dict(poller.poll())
+    return bool(ready.get(listening, 0) & select.POLLIN)

@@ -23,13 +23,13 @@ from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.crew import Crew
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.policy import Policy
+from whitepool_mp.wire import folder
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import Escrow
 from whitepool_mp.wire.kit import Kit
 from whitepool_mp.wire.ledger import Ledger
-from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ def serve(
     crew.kill_rest()
     while (until := crew.relay.flush_until(deadline)) is not None:
         loop.turn(until - time.monotonic())  # what workers wrote is still on its way out
+    folder.remove(boot.folders)  # before it is over: whoever is killed, somebody removes them
     books.finished()
-    nurseries.remove(boot.folder)
     manager.answer_drainers()
     door.close()
 
@@ -144,6 +144,8 @@ def _warm_up() -> None:
     """Have ready what is wanted later: there may be no descriptor to import it with then."""
     with contextlib.suppress(OSError, ImportError):  # there is none now
         import json  # noqa: F401
+        import re  # noqa: F401
+        import traceback  # noqa: F401
 
         import psutil  # noqa: F401
 

@@ -25,7 +25,7 @@ class Boot:
         name: str,
         key: bytes,
         owner: int,
-        folder: str,
+        folders: tuple[str, ...],
         policy: tuple[Any, ...],
         start_method: str,
         preload: tuple[str, ...],
@@ -40,7 +40,7 @@ class Boot:
         self.name = name
         self.key = key
         self.owner = owner
-        self.folder = folder
+        self.folders = folders
         self.policy = policy
         self.start_method = start_method
         self.preload = preload

@@ -11,6 +11,7 @@ from _ctypes import (
     FUNCFLAG_USE_ERRNO,
     CFuncPtr,
     _SimpleCData,
+    byref,
     dlopen,
     dlsym,
     get_errno,
@@ -40,4 +41,10 @@ def function(name: str) -> Callable[..., Any]:
     return _Function(dlsym(dlopen(None, 0), name))  # type: ignore[arg-type]
 
 
-__all__ = ["function", "get_errno"]
+def integer() -> tuple[Any, Any]:
+    """Room for an integer that a function writes: where its `value` is, and what to pass."""
+    room = _Int()
+    return room, byref(room)
+
+
+__all__ = ["function", "get_errno", "integer"]

@@ -61,6 +61,30 @@ def disarm(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_ASYNC)
 
 
+_SOONER = 500
+"""In thousandths of all memory. With it a worker goes before its owner unless the owner has more
+than half of the memory more than the worker: then the owner is the one to look at."""
+
+
+def be_killed_first() -> None:
+    """Have the kernel, out of memory, choose this process, and what it starts, before the pool's
+    owner.
+
+    Source: proc(5), /proc/pid/oom_score_adj. Raising it takes no privilege.
+    """
+    try:
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # it is not to be had here
+        return
+    try:
+        inherited = int(os.pread(fd, 16, 0))
+        os.pwrite(fd, b"%d" % min(1000, inherited + _SOONER), 0)
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(fd)
+
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _statm = -1
 

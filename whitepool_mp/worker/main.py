@@ -125,6 +125,7 @@ def _live(
         # opens one that is nobody's, without O_NOCTTY; the owner's is the owner's.)
         os.setsid()
         _lifeline = linux.die_with(lifeline)
+        linux.be_killed_first()
         _prepare(boot, slot, page_fd)
         end = _serve(boot, control_fd, page_fd, stacks_fd)
         if isinstance(end, int):

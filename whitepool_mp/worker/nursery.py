@@ -28,7 +28,7 @@ import struct
 import sys
 
 from whitepool_mp.wire import boot as boots
-from whitepool_mp.wire import descriptors, lineage, signals
+from whitepool_mp.wire import descriptors, folder, lineage, marked, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
@@ -178,7 +178,12 @@ def _leave_manager(*keep: int) -> None:
     for fd in sorted(keep):
         os.closerange(previous + 1, fd)
         previous = fd
-    os.closerange(previous + 1, os.sysconf("SC_OPEN_MAX"))
+    # Beyond those: what is open, and not up to the limit. That may be a thousand million, which
+    # takes minutes where the kernel has no `close_range`.
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > previous:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 class _Nursery:
@@ -244,12 +249,15 @@ class _Nursery:
         return True
 
     def _warm_up(self) -> None:
-        """Nothing to do just now: import what the next workers may want."""
+        """Nothing to do just now: import what the next workers may want, and look round."""
         self._import_usual()
         if self._boot.start_method == "forkserver":
             from whitepool_mp.wire import by_value  # noqa: F401
 
             gc.freeze()
+        for place in self._boot.folders:
+            if os.path.isdir(place):
+                folder.sweep(os.path.dirname(place))
 
     def _import_usual(self) -> None:
         """Import what most user code does, once for all workers but the first: that one cannot wait
@@ -314,16 +322,13 @@ class _Nursery:
 
     def _clean_up(self) -> None:
         """Nobody wants workers from here any more: another manager has a nursery of its own, or the
-        owner has ended too. If the pool ended in order there is nothing left to do."""
-        folder = self._boot.folder
+        owner has ended too. If the pool ended in order there is nothing left to find."""
         poller = select.poll()
         poller.register(self._lifeline, select.POLLIN)
         # The two ends of a dying owner come one after the other.
-        if not poller.poll(_MOMENT_MS) or not os.path.isdir(folder):
+        if not poller.poll(_MOMENT_MS):
             return
-        remove(folder)
-        from whitepool_mp.wire import marked
-
+        folder.remove(self._boot.folders)
         marked.kill(self._boot.pool_id)
 
 
@@ -373,12 +378,3 @@ class _Subprocess(ModuleType):
         import subprocess
 
         return getattr(subprocess, name)
-
-
-def remove(folder: str) -> None:
-    """Remove a pool's folder, in which there is at most the socket."""
-    for end, path in ((os.unlink, os.path.join(folder, "manager")), (os.rmdir, folder)):
-        try:
-            end(path)
-        except OSError:  # somebody was quicker
-            pass
