@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support import fork
 
 from whitepool_mp.wire import rooms
 
@@ -272,7 +273,7 @@ def test_whatever_interrupts_the_handing_out_may_ask_as_well() -> None:
 def test_a_forked_child_and_its_parent_keep_what_they_hold() -> None:
     held = HOLDERS["a part of it"](filled(LEAST, 1))
     filled(LEAST, 2)  # is kept, and free
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:
@@ -287,7 +288,7 @@ def test_a_forked_child_and_its_parent_keep_what_they_hold() -> None:
 
 def test_a_forked_child_begins_with_nothing_kept() -> None:
     filled(LEAST, 1)
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         os._exit(rooms.kept())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
