@@ -118,12 +118,10 @@ class Holding(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.held) - 1))
         holder, number = self.held[index]
         if not isinstance(holder, (bytes, list)):
-            view = memoryview(holder)
-            if len(view) > 2000 and view.c_contiguous and view.ndim == 1 and not view.readonly:
-                self.held[index] = (
-                    HOLDERS[how](view.cast("B") if view.format == "d" else view),
-                    number,
-                )
+            # Of what the view is of, the end has never been filled.
+            view = memoryview(np.frombuffer(holder, np.uint8)[:LEAST])
+            if len(view) > 2000 and not view.readonly:
+                self.held[index] = HOLDERS[how](view), number
 
     @rule()
     def let_go(self) -> None:
