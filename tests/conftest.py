@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from anatomy import workers
-from support import NewPool, descriptors, files, last_pid, pids, processes
+from support import NewPool, arm_hang_guard, descriptors, files, last_pid, pids, processes
 
 from whitepool_mp import Executor, Pool, Session
 from whitepool_mp.executor import SessionExecutor
@@ -46,7 +46,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     mark = request.node.get_closest_marker("hang")
     seconds = HANG_SECONDS if mark is None else mark.args[0]
     stderr = request.config.stash[_stderr]
-    faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
+    arm_hang_guard(seconds, stderr)
     try:
         yield
     finally:

@@ -19,6 +19,16 @@ def add(x, y=0, *, z=0):
     return x + y + z
 
 
+_remembered = []
+
+
+def remember(array):
+    """Keep the last five arrays in the worker, and tell of each what it is full of."""
+    _remembered.append(array)
+    del _remembered[:-5]
+    return [int(each[0]) if (each == each[0]).all() else None for each in _remembered]
+
+
 def echo(value):
     return value
 

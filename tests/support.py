@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import shutil
 import tempfile
@@ -29,6 +30,29 @@ os.environ[MARK] = RUN  # inherited by every process that a test starts
 tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="wp-")
 os.chmod(tempfile.tempdir, 0o711)
 atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
+
+_guard: list[float] = []
+
+
+def arm_hang_guard(seconds: float, stderr: int) -> None:
+    """Have the process end, and dump its stacks there, if this is not called off in time."""
+    _guard[:] = seconds, stderr
+    faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
+
+
+def fork() -> int:
+    """Fork a test's own process, without the hang guard's thread beside it.
+
+    Python 3.15 counts that thread, and warns.
+    """
+    threads = len(os.listdir("/proc/self/task"))
+    faulthandler.cancel_dump_traceback_later()
+    until(lambda: len(os.listdir("/proc/self/task")) < threads)
+    pid = os.fork()
+    if pid:
+        arm_hang_guard(_guard[0], int(_guard[1]))
+    return pid
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> object:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import deeds
@@ -389,6 +390,40 @@ def test_results_stay_valid_when_others_follow() -> None:
         kept = [lease.call(np.full, 100, number, timeout=T) for number in range(50)]
         kept += [lease.call(np.full, 50_000, number, timeout=T) for number in range(50, 60)]
         assert [array[0] for array in kept] == list(range(60))
+
+
+def test_large_values_stay_valid_in_whatever_form_they_are_kept(start_method: str) -> None:
+    """Memory is used again for what comes later: never as long as anything refers to it."""
+    forms: list[Callable[[Any], Any]] = [
+        lambda array: array,
+        lambda array: array[1000:1001],
+        lambda array: array.base,
+        lambda array: memoryview(array.base).obj,
+        memoryview,
+    ]
+    with Pool(pool_size=1, start_method=start_method) as session:
+        held: list[tuple[Any, int]] = []
+
+        def hold(array: Any, number: int) -> None:
+            held.append((forms[number % len(forms)](array), number))
+            del array, held[:-7]
+            for form, kept in held:
+                assert np.frombuffer(form, np.uint8)[:1000].tolist() in ([kept] * 1000, [kept])
+
+        for number in range(30):
+            hold(session.run(np.full, 400_000, number, np.uint8, timeout=T), number)
+        futures = [session.submit(np.full, 400_000, i, np.uint8) for i in range(30, 60)]
+        for number, future in enumerate(futures, 30):
+            hold(future.result(T), number)
+        futures.clear()
+        full = functools.partial(np.full, 400_000, dtype=np.uint8)
+        for number, array in enumerate(session.map(full, range(60, 90)), 60):
+            hold(array, number)
+        assert session.run(deeds.remember, np.full(400_000, 0, np.uint8), timeout=T) == [0]
+        for number in range(1, 30):
+            array = np.full(400_000, number, np.uint8)
+            seen = session.run(deeds.remember, array, timeout=T)
+            assert seen == list(range(max(0, number - 4), number + 1))
 
 
 def test_objects_that_refer_to_themselves_keep_their_shape() -> None:

@@ -26,7 +26,7 @@ import test_layers as layers
 from anatomy import manager, nursery, workers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import until, whole
+from support import fork, until, whole
 from user_script import script
 
 from whitepool_mp import AuthenticationFailed, Pool, Session, WhitepoolError
@@ -95,7 +95,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become som
 def as_nobody(work: Callable[[], str]) -> str:
     """Do it in a process of another user; what it gave, or the error's name."""
     read, write = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             os.setgroups([])

@@ -20,7 +20,7 @@ from typing import Any
 import deeds
 import psutil
 import pytest
-from support import pipe_writer, sibling, until, whole
+from support import fork, pipe_writer, sibling, until, whole
 
 from whitepool_mp import (
     CheckoutTimeout,
@@ -65,7 +65,7 @@ def gone(pid: int) -> None:
 def in_fork(function: Callable[[], object]) -> str:
     """What a function says in a forked child of this process."""
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             os.write(writer, str(function()).encode())

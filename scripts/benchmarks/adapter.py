@@ -34,6 +34,9 @@ class Adapter:
     patience = 1.0
     """Seconds of nothing but errors after a kill, after which it counts as broken."""
 
+    sleepy = "sleepy_pid"
+    """The job of `jobs` that tells which worker it ran in, after a sleep."""
+
     def __init__(self, workers: int = 2, imports: str = "") -> None:
         self.workers = workers
         self.imports = imports
@@ -180,24 +183,20 @@ class BareLoop(Adapter):
 
 
 def both_workers(pool: Adapter, seconds: float = 20.0) -> set[int]:
-    """Use the pool until each of its workers has answered; their pids.
+    """Use the pool until each of its workers has answered; their pids, or what else names them.
 
     Raises:
         TimeoutError: they did not within this time.
     """
+    from benchmarks import jobs  # late, as is everything that is not needed to start
+
+    job: Callable[[float], int] = getattr(jobs, pool.sleepy)
     deadline = time.monotonic() + seconds
     nap = 0.01
     while True:
-        pids = set(pool.many(sleepy_pid(), [(nap,)] * (2 * pool.workers)))
+        pids = set(pool.many(job, [(nap,)] * (2 * pool.workers)))
         if len(pids) == pool.workers:
             return pids
         if time.monotonic() > deadline:
             raise TimeoutError(f"{len(pids)} of {pool.workers} workers answered")
         nap = min(2 * nap, 0.2)
-
-
-def sleepy_pid() -> Callable[[float], int]:
-    """The job of `jobs`; imported late, as is everything that is not needed to start."""
-    from benchmarks import jobs
-
-    return jobs.sleepy_pid

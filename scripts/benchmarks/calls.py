@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.cast import (
     BYTES,
     FORK,
+    INTERPRETERS,
     LEASE,
     OURS,
     PEERS,
@@ -82,7 +83,15 @@ def rates() -> list[Row]:
             [
                 ours(),
                 ours(f"{OURS}, a module's", measure="measures.many"),
-                *peers("ppe-spawn", "ppe-fork", "mp-pool", "billiard", "pebble", "mpire"),
+                *peers(
+                    "ppe-spawn",
+                    "ppe-fork",
+                    "interpreters",
+                    "mp-pool",
+                    "billiard",
+                    "pebble",
+                    "mpire",
+                ),
             ],
             [Goal("ahead", 1, BEST_PEER)],
             count=(200, 20_000),
@@ -103,9 +112,9 @@ def rates() -> list[Row]:
                 *peers("mp-pool", "billiard", "mpire", "ray"),
                 *(
                     Entry(f"{label}, 8 chunks", PEERS[label], params=chunks)
-                    for label in (SPAWN, FORK, "loky", "pebble.ProcessPool")
+                    for label in (SPAWN, FORK, INTERPRETERS, "loky", "pebble.ProcessPool")
                 ),
-                *peers("ppe-spawn", "ppe-fork", "loky", "pebble"),
+                *peers("ppe-spawn", "ppe-fork", "interpreters", "loky", "pebble"),
             ],
             [Goal("ahead", 1, BEST_PEER)],
             params=whole,
@@ -190,7 +199,7 @@ def payloads() -> list[Row]:
             "higher",
             BYTES,
             "measures.array",
-            [ours(), floor(socket, "socket"), *peers()],
+            [ours(), floor(socket, "socket"), *peers("interpreters")],
             [Goal("ahead", 8, SPAWN), Goal("ahead", 0.9, socket)],
             params={"mebibytes": 64},
             count=(1, 5),

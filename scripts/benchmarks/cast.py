@@ -10,12 +10,14 @@ OURS = "whitepool_mp"
 PIPE = "bare Pipe echo"
 SPAWN = "ProcessPoolExecutor (spawn)"
 FORK = "ProcessPoolExecutor (fork)"
+INTERPRETERS = "InterpreterPoolExecutor"
 RUN = "whitepool_mp run"
 LEASE = "whitepool_mp lease.call"
 
 PEERS = {
     SPAWN: "ppe-spawn",
     FORK: "ppe-fork",
+    INTERPRETERS: "interpreters",
     "loky": "loky",
     "multiprocessing.Pool": "mp-pool",
     "billiard.Pool": "billiard",

@@ -25,6 +25,7 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "loop": ("adapter", "BareLoop", {}),
     "ppe-spawn": ("peers", "Standard", {"start_method": "spawn"}),
     "ppe-fork": ("peers", "Standard", {"start_method": "fork"}),
+    "interpreters": ("peers", "Interpreters", {}),
     "loky": ("peers", "Loky", {}),
     "mp-pool": ("peers", "StandardPool", {}),
     "billiard": ("peers", "Billiard", {}),

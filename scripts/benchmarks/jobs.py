@@ -28,6 +28,14 @@ def sleepy_pid(seconds: float) -> int:
     return os.getpid()
 
 
+def sleepy_interpreter(seconds: float) -> int:
+    """The same for workers that are interpreters of one process: the interpreter's number."""
+    from importlib import import_module  # CPython 3.14 has it
+
+    time.sleep(seconds)
+    return int(import_module("concurrent.interpreters").get_current().id)
+
+
 _WATCHED = 0.0004
 
 

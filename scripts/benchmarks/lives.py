@@ -61,7 +61,7 @@ def deaths() -> list[Row]:
             "lower",
             DEATHS,
             "recovery.replacement",
-            [ours(options=one), *peers(**one)],
+            [ours(options=one), *peers("interpreters", **one)],
             [Goal("bound", 10)],
             limit=4,
             log=True,
@@ -77,7 +77,7 @@ def deaths() -> list[Row]:
             [
                 ours("whitepool_mp (preload)", options={**heavy, "preload": True}),
                 ours("whitepool_mp (no preload)", options=heavy),
-                *peers(**heavy),
+                *peers("interpreters", **heavy),
             ],
             [Goal("bound", 10)],
             limit=4,
@@ -96,7 +96,7 @@ def deaths() -> list[Row]:
             [
                 ours(),
                 floor("whitepool_mp, nobody killed", "whitepool", measure="recovery.ordinary"),
-                *peers(),
+                *peers("interpreters"),
             ],
             [Goal("times", 2, "whitepool_mp, nobody killed")],
             note="A call at once after the kill of the worker that was used last, both having been "
@@ -185,7 +185,11 @@ def rest() -> list[Row]:
             "lower",
             IDLE,
             "footprint.memory",
-            [ours(), ours("whitepool_mp (loky)", options={"start_method": "loky"}), *peers()],
+            [
+                ours(),
+                ours("whitepool_mp (loky)", options={"start_method": "loky"}),
+                *peers("interpreters"),
+            ],
             [Goal("bound", 4)],
             params={"whose": "worker"},
             rounds=3,

@@ -67,6 +67,24 @@ class Standard(Executor):
         )
 
 
+class Interpreters(Executor):
+    """`concurrent.futures.InterpreterPoolExecutor` (CPython 3.14): its workers are threads with an
+    interpreter each, of one process. So it has no part in what is about killing a worker, or about
+    a worker's memory, nor in what needs numpy, which such interpreters refuse to import.
+    """
+
+    module = "concurrent.futures.interpreter"
+    sleepy = "sleepy_interpreter"
+
+    def load(self) -> None:
+        self._module: Any = importlib.import_module(self.module)
+
+    def start(self) -> None:
+        self.executor = self._module.InterpreterPoolExecutor(
+            self.workers, **initializer(self.imports)
+        )
+
+
 class Loky(Executor):
     """loky's reusable executor; its idle workers stay (its default lets them go after 10 s)."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import fork
 
 from whitepool_mp.wire import descriptors
 from whitepool_mp.wire.descriptors import Socket
@@ -133,7 +134,7 @@ def test_a_manager_killed_while_it_moves_an_entry_leaves_it_there(owner: Owner, 
     escrow = owner.manager()
     for key in range(1, 20):
         owner.new(escrow, key)
-    pid = os.fork()
+    pid = fork()
     if not pid:
         discard, moves = Escrow._discard, iter(range(moved))
 

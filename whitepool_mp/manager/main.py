@@ -18,8 +18,6 @@ from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import Escrow
 from whitepool_mp.wire.ledger import Ledger
-from whitepool_mp.worker import linux
-from whitepool_mp.worker import nursery as nurseries
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -56,6 +54,9 @@ def main(
         boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd, listening = given
     for fd in given:
         os.set_inheritable(fd, False)
+    # Only now: with them comes libffi, which opens itself, under any number that is free.
+    from whitepool_mp.worker import nursery as nurseries
+
     code = 1
     try:
         _stand_apart()
@@ -105,6 +106,8 @@ def _stand_apart() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    from whitepool_mp.worker import linux
+
     linux.adopt_orphans()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
