@@ -216,3 +216,26 @@ def leak(size):
     """Use so many bytes for good; the number of this process."""
     _leaked.append(b"x" * size)
     return os.getpid()
+
+
+def by_run(session):
+    assert session.run(abs, -1) == 1
+
+
+def by_submit(session):
+    assert session.submit(abs, -1).result(20) == 1
+
+
+def by_map(session):
+    assert list(session.map(abs, [-1, -2])) == [1, 2]
+
+
+def by_loop(session):
+    """It is not closed before this process ends."""
+    import asyncio
+
+    assert asyncio.new_event_loop().run_until_complete(in_loop(session)) == 1
+
+
+async def in_loop(session):
+    return await session.aio().run(abs, -1)

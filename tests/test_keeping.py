@@ -21,7 +21,7 @@ import errands
 import psutil
 import pytest
 from support import pipe_writer, until, whole
-from user_script import script
+from user_script import CLIENTS, script
 
 from whitepool_mp import (
     CallTimeout,
@@ -594,7 +594,8 @@ def test_a_client_that_exits_gives_back_the_workers_that_it_keeps(
         assert session.status().counters["killed"] == 0
 
 
-def test_a_client_that_is_killed_costs_the_workers_that_it_keeps(start_method: str) -> None:
+def test_a_client_that_is_killed_costs_no_worker_that_it_keeps(start_method: str) -> None:
+    """Nothing ran: the worker is as clean as it was for the client's own next job."""
     code = """
         session = given()
         session.run(abs, -1)
@@ -609,10 +610,124 @@ def test_a_client_that_is_killed_costs_the_workers_that_it_keeps(start_method: s
             assert client.hear() == 2
             os.kill(client.pid, signal.SIGKILL)
             client.process.wait()
-            until(lambda: session.status().counters["killed"] == 2)
+            until(lambda: session.status().counters["recalled"] == 2)
         rest(session)
         whole(session)
-        assert not pids(session) & before
+        assert pids(session) == before
+        assert session.status().counters["killed"] == 0
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_of_multiprocessing_that_ends_costs_no_worker(
+    method: str, start_method: str
+) -> None:
+    """Such a process ends without `atexit`, whatever it keeps."""
+    code = """
+        import multiprocessing, sys, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads
+        sys.path.insert(0, TESTS)
+        import errands
+        session = given()
+        context = multiprocessing.get_context(METHOD)
+        for work in errands.by_run, errands.by_submit, errands.by_map, errands.by_loop:
+            for _ in range(3):
+                child = context.Process(target=work, args=(session,))
+                child.start()
+                child.join(20)
+                tell([work.__name__, child.exitcode])
+    """
+    code = code.replace("TESTS", repr(os.path.dirname(__file__))).replace("METHOD", repr(method))
+    with Pool(2, start_method=start_method) as session:
+        before = ready(session)
+        with script(code, start_method) as client:
+            client.give(session)
+            for name in ("by_run", "by_submit", "by_map", "by_loop"):
+                assert [client.hear() for _ in range(3)] == [[name, 0]] * 3
+            client.finish()
+        whole(session)
+        assert pids(session) == before
+        assert session.status().counters["killed"] == 0
+
+
+def test_a_fork_that_ends_at_once_costs_no_worker(start_method: str) -> None:
+    code = """
+        for work in errands.by_run, errands.by_submit, errands.by_map, errands.by_loop:
+            def and_end():
+                work(session)
+                os._exit(0)
+            tell([work.__name__, ended(client(and_end))])
+    """
+    with Pool(2, start_method=start_method) as session:
+        before = ready(session)
+        with script(code, start_method, CLIENTS + "import errands\n") as clients:
+            clients.give(session)
+            for name in ("by_run", "by_submit", "by_map", "by_loop"):
+                assert clients.hear() == [name, 0]
+            clients.finish()
+        whole(session)
+        assert pids(session) == before
+        assert session.status().counters["killed"] == 0
+
+
+def test_a_client_killed_as_its_job_runs_costs_that_worker_and_no_other_it_keeps(
+    start_method: str, tmp_path: Path
+) -> None:
+    code = f"""
+        import deeds
+        session = given()
+        session.submit(abs, -1).result(20)
+        session.run(deeds.wait_in, {str(tmp_path / "ran")!r})
+    """
+    with Pool(2, start_method=start_method) as session:
+        before = ready(session)
+        path = f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        with script(code, start_method, path) as client:
+            client.give(session)
+            (busy,) = until(lambda: deeds.noted(str(tmp_path / "ran")))  # type: ignore[misc]
+            os.kill(client.pid, signal.SIGKILL)
+            client.process.wait()
+            until(lambda: session.status().counters["killed"])
+        whole(session)
+        assert before & pids(session) == before - {busy}
+        assert session.status().counters["killed"] == 1
+
+
+def test_a_job_that_a_killed_client_had_sent_ahead_never_begins(
+    start_method: str, tmp_path: Path
+) -> None:
+    """Its worker is stopped, so that it lies there when the client ends, and is clean."""
+    code = f"""
+        import errands
+        session = given()
+        tell(session.run(os.getpid))
+        sys.stdin.readline()
+        (hold,) = session._member.kept
+        threading.Thread(
+            target=session.run, args=(errands.step, {str(tmp_path / "ran")!r}, 1), daemon=True
+        ).start()
+        import array, fcntl, termios
+        unread = array.array("i", [0])
+        while not unread[0]:  # how much lies in the worker's socket
+            fcntl.ioctl(hold.channel.sock, termios.TIOCOUTQ, unread)
+        tell("sent")
+        sys.stdin.readline()
+    """
+    with Pool(1, start_method=start_method) as session:
+        path = f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        with script(code, start_method, path) as client:
+            client.give(session)
+            worker = client.hear()
+            stop(worker)
+            client.say()
+            assert client.hear() == "sent"
+            os.kill(client.pid, signal.SIGKILL)
+            client.process.wait()
+            until(lambda: session.status().counters["recalled"] == 1)
+            os.kill(worker, signal.SIGCONT)
+        assert session.run(os.getpid, timeout=T) == worker
+        whole(session)
+        assert errands.run_count(tmp_path / "ran") == 0
+        assert session.status().counters["killed"] == 0
 
 
 def test_a_client_that_is_stopped_keeps_nobody_from_the_workers_that_it_keeps(

@@ -465,6 +465,55 @@ def test_a_gone_client_loses_its_place_and_its_workers_are_dirty() -> None:
     assert bench.step(ClientGone(ALICE)) == []
 
 
+def test_a_gone_client_s_released_workers_are_clean_if_it_had_them_for_jobs() -> None:
+    bench = Bench.ready(3)
+    (kept,), (other,) = bench.keep(ALICE), bench.keep(ALICE)
+    own = bench.lease(ALICE)
+    assert isinstance(kept, Grant) and isinstance(other, Grant)
+    found = bench.broker.job_leases(ALICE)
+    assert [worker.lease for worker in found] == [kept.lease, other.lease]
+    released = tuple(Released(grant.worker, grant.lease) for grant in (kept, own))
+    assert same(
+        bench.step(ClientGone(ALICE, released)),
+        [
+            *(Kill(grant.worker, "its client has gone") for grant in (other, own)),
+            *(Spawn(4, 0), Spawn(5, 1)),
+        ],
+    )
+    assert bench.counts == (2, 1, 0, 2, 0)
+
+
+def test_a_gone_client_s_released_worker_goes_to_who_waits_and_not_to_itself() -> None:
+    bench = Bench.ready(2)
+    bench.lease(CAROL)
+    (grant,) = bench.keep(ALICE)
+    assert isinstance(grant, Grant) and grant.keep
+    bench.checkout(ALICE)
+    bench.checkout(BOB)
+    released = (Released(grant.worker, grant.lease),)
+    assert same(bench.step(ClientGone(ALICE, released)), [Grant(BOB, 4, 3, grant.worker)])
+
+
+def test_a_gone_client_s_released_worker_retires_if_it_is_worn() -> None:
+    bench = Bench.ready(1)
+    (grant,) = bench.keep(ALICE)
+    assert isinstance(grant, Grant)
+    released = (Released(grant.worker, grant.lease, True),)
+    effects = bench.step(ClientGone(ALICE, released))
+    assert same(effects, [Retire(grant.worker), Spawn(2, 0)])
+
+
+def test_a_job_s_lease_that_may_not_be_kept_is_clean_as_well_if_released() -> None:
+    bench = Bench.ready(1)
+    own = bench.lease(BOB)
+    bench.keep(ALICE)
+    bench.checkout(CAROL)
+    (grant,) = bench.checkin(own)
+    assert isinstance(grant, Grant) and not grant.keep
+    released = (Released(grant.worker, grant.lease),)
+    assert same(bench.step(ClientGone(ALICE, released)), [Grant(CAROL, 3, 3, 1)])
+
+
 # Crashes
 
 

@@ -114,6 +114,8 @@ class L:
     ticket: T
     worker: W
     kept: bool
+    # Asked for to be kept: whether it is clean is to be seen when its client is gone.
+    for_jobs: bool
     # From the Recall on; coming until the worker is found busy.
     recalled: bool = False
     coming: bool = False
@@ -151,7 +153,7 @@ class Observer:
         self.event: Event = Tick()
         self.now = 0.0
         self.asking: T | None = None
-        self.freed: W | None = None
+        self.freed: list[W] = []
         self.may_kill: list[W] = []
         self.failure: str | None = None
         self.due_refusals: list[T] = []
@@ -222,7 +224,7 @@ class Observer:
         self.now = now
         self.asking = None
         self.begun = False
-        self.freed = None
+        self.freed = []
         self.may_kill = []
         self.failure = None
         self.due_refusals = []
@@ -255,8 +257,15 @@ class Observer:
             for ticket in list(self.waiting):
                 if ticket.client == event.client:
                     self.end(ticket, "gone")
+            released = {each.lease: each.worn for each in event.released}
             for lease in list(self.leases):
-                if lease.ticket.client == event.client:
+                if lease.ticket.client != event.client:
+                    continue
+                if lease.for_jobs and lease.id in released:
+                    self.released += 1
+                    self.wear(lease.worker, released[lease.id])
+                    self.free(lease)
+                else:
                     self.soil(lease)
         elif isinstance(event, (Released, Busy)):
             self.late += 1
@@ -278,7 +287,7 @@ class Observer:
                     worker.since = now
                     worker.expires = now + self.policy.max_lifetime
                     self.idle.append(worker)
-                    self.freed = worker
+                    self.freed = [worker]
                     if self.attempt and self.unused_deaths <= self.limit:
                         self.attempt = 0
                         self.due_reports.append(("recovered", worker.id))
@@ -358,6 +367,7 @@ class Observer:
                 worker.expires = ready + self.policy.max_lifetime
         for lease in self.leases:
             lease.recalled = lease.coming = False
+            lease.for_jobs = lease.kept
         self.leases.sort(key=lambda lease: (lease.worker.since, lease.id))
         self.idle.sort(key=lambda worker: (worker.since, worker.id))
         return waiting
@@ -395,7 +405,7 @@ class Observer:
         lease.worker.state = "idle"
         lease.worker.since = self.now
         self.idle.append(lease.worker)
-        self.freed = lease.worker
+        self.freed.append(lease.worker)
 
     def soil(self, lease: L) -> None:
         self.leases.remove(lease)
@@ -468,7 +478,8 @@ class Observer:
         assert not worker.worn, "a worn worker was granted again"
         assert worker.state == "idle", f"granted while {worker.state}"
         assert len(self.alive) <= self.limit, "a surplus worker was granted"
-        expected = self.idle[-1 if self.policy.strategy == "lifo" else 0]
+        newest = self.policy.strategy == "lifo" and len(self.freed) < 2
+        expected = self.idle[-1 if newest else 0]  # of several one after the other is free
         assert worker is expected, f"{self.policy.strategy} is {expected}, not {worker}"
         assert self.waiting, "granted though nobody waits"
         ticket = self.waiting[0]
@@ -482,7 +493,7 @@ class Observer:
         may_keep = len(self.alive) <= self.pool_size and not self.closing
         keep = ticket.keep and may_keep and not self.wanted(ticket.client)
         assert effect.keep is keep, "kept against the rules" if effect.keep else "not kept"
-        self.leases.append(L(effect.lease, ticket, worker, keep))
+        self.leases.append(L(effect.lease, ticket, worker, keep, ticket.keep))
         self.unused_deaths = 0
         self.granted += 1
 
@@ -569,7 +580,7 @@ class Observer:
         over = len(self.alive) > self.pool_size
         warm = self.now < worker.since + self.policy.overflow_ttl
         assert worker.worn or surplus or drained or (over and not warm), "retired without a reason"
-        oldest = worker is self.freed or worker is self.idle[0]
+        oldest = worker in self.freed or worker is self.idle[0]
         assert oldest or worker.worn, "not the longest idle"
         self.idle.remove(worker)
         self.recycled += worker.worn
@@ -655,7 +666,7 @@ class Observer:
             assert all(now < w.since + STOP_TIMEOUT for w in self.by_state("retiring"))
         if isinstance(self.event, (Tick, Resize)) and len(self.alive) > self.pool_size:
             assert all(now < w.since + self.policy.overflow_ttl for w in self.idle)
-        if self.freed in self.idle and self.policy.overflow_ttl == 0:
+        if any(w in self.idle for w in self.freed) and self.policy.overflow_ttl == 0:
             assert len(self.alive) <= self.pool_size, "overflow kept at a checkin"
         if self.closing and not self.waiting:
             assert not booting, "booting with nobody to serve"
@@ -944,8 +955,18 @@ class BrokerMachine(RuleBasedStateMachine):
             self.lose_client(self.clients.index(ticket.client))
 
     def lose_client(self, pick: int) -> None:
+        """It is looked at each of its leases whether it is free; a few are others', or untrue."""
         place = pick % len(self.clients)
-        self.send(ClientGone(self.clients[place]))
+        client = self.clients[place]
+        released = [
+            Released(lease.worker.id, lease.id, (pick >> number) % 8 == 0)
+            for number, lease in enumerate(self.books.leases)
+            if (pick >> number) % 3 and (lease.ticket.client == client or (pick >> number) % 5 == 0)
+        ]
+        for_jobs = [x for x in self.books.leases if x.for_jobs and x.ticket.client == client]
+        told = {each.lease for each in self.broker.job_leases(client)}
+        assert told == {lease.id for lease in for_jobs}
+        self.send(ClientGone(client, tuple(released)))
         self.clients[place] = max(self.clients) + 2
 
     # Workers

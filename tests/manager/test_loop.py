@@ -29,7 +29,7 @@ from whitepool_mp.manager.clients import (
 from whitepool_mp.manager.core import Manager
 from whitepool_mp.manager.loop import Loop
 from whitepool_mp.manager.obituary import Obituary
-from whitepool_mp.wire import frames, pages
+from whitepool_mp.wire import barrier, frames, pages
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.ledger import Ledger
 
@@ -539,6 +539,31 @@ def test_the_worker_of_a_client_that_goes_while_holding_is_replaced(
     assert successor.worker != grant.worker
     assert successor.slot == grant.slot
     assert successor.lease > grant.lease
+
+
+@pytest.mark.parametrize("left", ["nothing", "a call", "an answer"])
+def test_the_worker_that_a_gone_client_kept_is_free_if_no_call_runs(
+    make: Callable[..., Bench], left: str
+) -> None:
+    assert barrier.register()
+    bench = make(pool_size=1).start()
+    bench.ready()
+    gone, other = bench.join(), bench.join()
+    gone.say(frames.checkout(1, True, None, "", keep=True, spare_own=True))
+    (grant,) = gone.grants()
+    words = bench.crew.hands[grant.worker].page.words
+    words[pages.ORDERED] = 1
+    words[pages.CALLS] = 3
+    words[pages.ENDED] = 3 - (left == "a call")
+    words[pages.QUIET] = 3 - (left != "nothing")
+    other.checkout(1)
+    bench.crew.recalled.clear()
+    gone.checkout(2, 3)
+    gone.sock.close()
+    bench.settle()
+    assert words[pages.RECALLED] == grant.lease  # what the client may have sent never begins
+    assert bool(bench.crew.killed) is (left == "a call")
+    assert [each.worker for each in other.grants()] == [grant.worker][: not bench.crew.killed]
 
 
 def test_a_holder_s_other_connections_may_open_its_channel(make: Callable[..., Bench]) -> None:

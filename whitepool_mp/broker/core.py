@@ -10,7 +10,7 @@ What becomes of a worker, by state and event:
                                            Cancel              Gone      timeout  timeout  ttl
     BOOTING   place    KILLED *  gone *    .         late      .         KILLED*  .        .
     IDLE      error    error     gone +    .         late      .         .        .        RETIRING
-    LEASED    error    error     gone +    place     place k   KILLED    .        .        .
+    LEASED    error    error     gone +    place     place k   KILLED g  .        .        .
     RETIRING  error    error     gone      .         late      .         .        KILLED   .
     KILLED    late     late      gone      .         late      .         .        .        .
     gone      late     late      late      .         late      .         .        .        .
@@ -21,6 +21,7 @@ What becomes of a worker, by state and event:
       *       a failed start                    +     a crash
       late    a race: counted, ignored          .     does not happen
       error   BrokerError, and nothing changes  k     late if it is not about the kept lease it has
+      g       place, if its client has gone and its lease was for jobs, and is released
 
 Busy moves nobody; it is late where Released is, and when it is not the first answer to a Recall.
 max_lifetime after Ready makes IDLE into RETIRING and LEASED worn, as a Checkin or Released can say.
@@ -219,6 +220,12 @@ class Broker(Moves):
         """Iterate over the workers under kept leases, recalled ones included; read them only."""
         return iter(self._roster.keeps.leases.values())
 
+    def job_leases(self, client: int) -> list[Worker]:
+        """Find the workers that a client holds for jobs and not for its user, kept or not; read
+        them only."""
+        held = self._clients.get(client, {}).values()
+        return [each for each in held if type(each) is Worker and each.for_jobs]
+
     def lease_worker(self, client: int, lease: int) -> int | None:
         """Tell which worker this client holds under this lease, or None if it does not."""
         worker = self._roster.leases.get(lease)
@@ -318,11 +325,20 @@ class Broker(Moves):
     def _on_client_gone(self, event: ClientGone, now: float, out: list[Effect]) -> None:
         self._finishing.discard(event.client)
         self._unfinished.discard(event.client)
-        for holder in list(self._clients.get(event.client, {}).values()):
+        released = {each.lease: each.worn for each in event.released}
+        holders = list(self._clients.get(event.client, {}).values())
+        for holder in holders:
             if type(holder) is Waiter:
-                self._unwait(holder)
+                self._unwait(holder)  # before a worker is free, which would be granted to it
+        clean: dict[int, Worker] = {}
+        for holder in holders:
+            if type(holder) is Worker and holder.for_jobs and holder.lease in released:
+                clean[holder.lease] = holder
             elif type(holder) is Worker:
                 self._kill(holder, "its client has gone", now, out)
+        self._counters["recalled"] += len(clean)
+        for lease in sorted(clean):
+            self._take_back(clean[lease], now, out, released[lease])
         self._settle(now, out)
 
     # Lives of workers

@@ -129,12 +129,6 @@ class Destroy(Record):
     reason: str
 
 
-class ClientGone(Record):
-    """A client's connection ended: it waits no more, and what it held is dirty."""
-
-    client: int
-
-
 class WorkerReady(Record):
     """A worker's factory returned."""
 
@@ -162,6 +156,19 @@ class Released(Record):
     worker: int
     lease: int
     worn: bool = False
+
+
+class ClientGone(Record):
+    """A client's connection ended: it waits no more, and what it held is dirty, but for the leases
+    of jobs under which nothing ran.
+
+    Args:
+        client: whose.
+        released: its leases among `Broker.job_leases` under which no call runs or will begin.
+    """
+
+    client: int
+    released: tuple[Released, ...] = ()
 
 
 class Busy(Record):

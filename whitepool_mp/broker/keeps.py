@@ -54,6 +54,7 @@ class Keeps:
     def add(self, worker: Worker, spare_own: bool) -> None:
         """Note that the lease of this worker is kept."""
         worker.spare_own = spare_own
+        worker.for_jobs = True
         assert worker.lease is not None
         assert worker.client is not None
         worker.kept = True

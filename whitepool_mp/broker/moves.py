@@ -255,11 +255,15 @@ class Moves:
         return None
 
     def _give_back(self, worker: Worker, now: float, out: list[Effect], worn: bool = False) -> None:
+        """Take a clean worker back from its holder, and restore the balance."""
+        self._take_back(worker, now, out, worn)
+        self._settle(now, out)
+
+    def _take_back(self, worker: Worker, now: float, out: list[Effect], worn: bool) -> None:
         """Take a clean worker back from its holder."""
         worker.worn = worker.worn or worn
         self._detach(worker)
         self._place(worker, now, out)
-        self._settle(now, out)
 
     def _place(self, worker: Worker, now: float, out: list[Effect]) -> None:
         """Decide what a worker does that was detached, clean."""
@@ -300,6 +304,7 @@ class Moves:
         self._starts.used()
         self._counters["granted"] += 1
         lease = self._roster.lease(worker, client, ticket, now)
+        worker.for_jobs = keep
         if keep:
             wanted = bool(self._waitlist) and self._waitlist.spared() != client
             keep = not wanted and not self._draining and self._roster.alive <= self._pool_size

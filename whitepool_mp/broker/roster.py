@@ -127,6 +127,7 @@ class Roster:
                 self.keeps.drop(worker)
             del self.leases[worker.lease]
             worker.lease = worker.client = worker.ticket = None
+            worker.for_jobs = False
         elif state is BOOTING:
             del self.booting[worker.id]
         elif state is IDLE:

@@ -55,6 +55,8 @@ class Worker:
         client: who holds that lease, or None.
         ticket: the checkout that the lease answered, or None.
         leases_served: how often it was granted.
+        for_jobs: whether that lease was asked for to be kept: the client's part of the pool, and
+            not its user, decides when it ends.
         kept: whether that lease is kept between calls.
         spare_own: whether it was asked for in that way, by a client with jobs queued behind it.
         recalled: whether that lease is kept and was recalled.
@@ -67,6 +69,7 @@ class Worker:
         "born",
         "client",
         "coming",
+        "for_jobs",
         "id",
         "kept",
         "lease",
@@ -91,6 +94,7 @@ class Worker:
         self.client: int | None = None
         self.ticket: int | None = None
         self.leases_served = 0
+        self.for_jobs = False
         self.kept = False
         self.spare_own = False
         self.recalled = False

@@ -166,7 +166,7 @@ class Manager:
         holders = {each.client for each in past.resume.workers if each.client is not None}
         for client in [*(each.number for each in past.clients), *holders]:
             if client not in door.clients:
-                self.apply(ClientGone(client))
+                self._gone(client)
         self._muster.strangers = past.newcomers if past.draining == 1 else 0
         waiting = {each.number for each in past.clients if each.waiting} & set(door.clients)
         self._reunion = reunions.Reunion(
@@ -308,13 +308,24 @@ class Manager:
         handler(client, body)
 
     def client_gone(self, client: Client) -> None:
-        """A client's connection ended: what it held is dirty."""
+        """A client's connection ended: what it held for its user is dirty."""
         if client.proven:
             if self._books.generation > 1:
                 self._take_back(client)
-            self.apply(ClientGone(client.id))
+            self._gone(client.id)
         self._is_back(client)
         self._muster.came(client)
+
+    def _gone(self, client: int) -> None:
+        """A client will not come back. What it held for jobs is taken back first, and is clean if
+        no call runs then: the client may have had no moment in which to give it back. (Whether the
+        last answer was sent does not matter, since nobody waits for it.)"""
+        released = []
+        for worker in self._broker.job_leases(client):
+            hand, lease = self._crew.hand(worker.id), worker.lease
+            if hand is not None and lease is not None and not hand.page.recall(lease):
+                released.append(Released(worker.id, lease, hand.page.worn))
+        self.apply(ClientGone(client, tuple(released)))
 
     def _take_back(self, client: Client) -> None:
         """One that has not come back, or not said all again, may have noted on a page that it gave
