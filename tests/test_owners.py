@@ -381,8 +381,9 @@ def test_a_client_out_of_descriptors_is_told_so_and_recovers(start_method: str) 
             except BaseException as error:
                 return [type(error).__name__, str(error)]
         errors = []
-        def new_thread():
-            errors.append(attempt(lambda: session.checkout(timeout=10)))
+        shared = []
+        def new_thread():  # there is a connection that no other uses
+            shared.append(attempt(lambda: session.checkout(timeout=10).checkin()))
         thread = threading.Thread(target=new_thread)
         thread.start()
         thread.join()
@@ -396,12 +397,13 @@ def test_a_client_out_of_descriptors_is_told_so_and_recovers(start_method: str) 
             os.close(fd)
         after = [attempt(lambda: session.run(pow, 2, 3, timeout=10)), attempt(second_worker)]
         after.append(attempt(lambda: session.submit(pow, 2, 4).result(10)))
-        tell({"errors": errors, "after": after})
+        tell({"errors": errors, "after": after, "shared": shared})
         session.safe_shutdown(timeout=10)
     """
     with script(code, start_method) as client:
         told = client.hear(40)
         _, err = client.finish()
+    assert told["shared"] == [None]
     for error in told["errors"]:
         assert "Too many open files" in error[1] or "no file descriptor is left" in error[1], told
     assert told["after"] == [8, [4, 8], 16]

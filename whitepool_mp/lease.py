@@ -48,7 +48,8 @@ class Lease:
         self._hold = hold
         self._busy = threading.Lock()
         self._references = False
-        hold.link.leases[self.id] = weakref.ref(self)
+        self._siblings = member.leases_here()
+        self._siblings[self.id] = weakref.ref(self)
 
     def __repr__(self) -> str:
         state = "valid" if self.valid else self._hold.ended or "of another process"
@@ -227,7 +228,7 @@ class Lease:
         self._hold.interrupt(reason)
 
     def _forget(self) -> None:
-        self._hold.link.leases.pop(self.id, None)
+        self._siblings.pop(self.id, None)
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -127,13 +128,26 @@ class Session:
         member = self._member
         if member.closed or member.draining:
             raise member.closing()
-        site = caller_site()
+        site = frames.in_thread(caller_site(), threading.current_thread().name)
         now = time.monotonic()
         deadline = None if seconds is None else now + (seconds or INSTANT)
         try:
-            link = member.link(deadline)
+            with member.link(deadline) as link:
+                return self._ask_for_worker(link, seconds, block, keep, site, now, deadline)
         except TimedOut:
             raise self._unanswered(seconds) from None
+
+    def _ask_for_worker(
+        self,
+        link: Link,
+        seconds: float | None,
+        block: bool,
+        keep: bool,
+        site: str,
+        now: float,
+        deadline: float | None,
+    ) -> Hold:
+        member = self._member
         number = link.next_number()
         try:
             data = frames.checkout(number, block, deadline, site, keep, asked=now)
@@ -141,7 +155,7 @@ class Session:
             if body[0] == frames.GRANT:
                 return Hold(link, frames.read_grant(body))
         except TimedOut:
-            raise self._too_late(number, seconds) from None
+            raise self._too_late(link, number, seconds) from None
         except LinkBroken:
             raise member.gone() from None
         except BaseException:
@@ -153,12 +167,11 @@ class Session:
             raise
         raise refusal(frames.read_refused(body), member.name, seconds, block)
 
-    def _too_late(self, number: int, seconds: float | None) -> Exception:
+    def _too_late(self, link: Link, number: int, seconds: float | None) -> Exception:
         """Cancel a checkout whose time is up; the manager's answer says what was in the way."""
         member = self._member
         until = time.monotonic() + _CANCEL_SECONDS
         try:
-            link = member.link(until)
             body = link.cancel(number, until)
             return refusal(frames.read_refused(body), member.name, seconds, None)
         except TimedOut:
@@ -475,7 +488,8 @@ class Session:
         """Put a question to the manager, which may be gone, or stopped."""
         deadline = time.monotonic() + _ASK_SECONDS
         try:
-            return question(self._member.link(deadline), deadline)
+            with self._member.link(deadline) as link:
+                return question(link, deadline)
         except TimedOut:
             raise CallTimeout(
                 f"the manager of pool {self.name!r} did not answer within {_ASK_SECONDS:g} s: "

@@ -65,7 +65,7 @@ class WorkerInfo:
         created: its creation time as psutil gives it; with pid, its identity.
         lease: the current lease's id.
         holder_pid: the process that holds it.
-        holder_thread: the name of the thread that connected there.
+        holder_thread: the name of the thread that checked it out there.
         site: the line that checked it out, "file.py:12"; of a client that runs job after job, the
             one that came first.
     """

@@ -62,6 +62,7 @@ class Hold:
         self.process = os.getpid()
         self.link = link
         _, self.id, self.worker, self.pid, self.slot, self.keep = grant
+        link.holds.add(self.id)
         self.number = 0
         self.channel: Channel | None = None
 
@@ -107,6 +108,7 @@ class Hold:
         if channel is None and member is not None:
             # There is no page to write it on, for the manager after one that dies over it.
             member.make_sure(self.link)
+        self._over()
 
     def abandon(self, how: str, reason: str, member: Member | None = None) -> None:
         """Have the worker killed; the hold and its channel are over.
@@ -122,6 +124,7 @@ class Hold:
         self.told = True
         if not noted and member is not None:
             member.make_sure(self.link)
+        self._over()
 
     def drop_channel(self) -> None:
         """Close the channel to a worker that is dead or was given up."""
@@ -137,7 +140,7 @@ class Hold:
         if channel is not None:
             channel.note(pages.DESTROYED, self.id)
         self._tell_manager(frames.destroy(self.id, reason))
-        self.told = True
+        self._over()
         if channel is not None:
             channel.hang_up()
 
@@ -154,7 +157,7 @@ class Hold:
     def recalled(self) -> Channel | None:
         """The pool has taken the worker back; the channel is of use to the next lease."""
         self.ended = RECALLED
-        self.told = True
+        self._over()
         channel, self.channel = self.channel, None
         return channel
 
@@ -185,16 +188,23 @@ class Hold:
         """
         self.drop_channel()
         self.ended = "lost (its worker died)"
-        self.told = True
         try:
             deadline = time.monotonic() + _WHY_SECONDS
-            told: dict[str, Any] | None = member.link(deadline).why(self.id, deadline)
-            return told
+            with member.link(deadline) as link:
+                told: dict[str, Any] | None = link.why(self.id, deadline)
+                return told
         except (LinkBroken, WhitepoolError):
             return member.gone()
         except TimedOut:
             self._tell_manager(frames.destroy(self.id, "its channel broke"))
             return None
+        finally:
+            self._over()
+
+    def _over(self) -> None:
+        """The manager knows that it has ended: the link that it was granted on may be closed."""
+        self.told = True
+        self.link.ended(self.id)
 
     def _tell_manager(self, data: bytes) -> None:
         try:
@@ -205,9 +215,12 @@ class Hold:
     def __del__(self) -> None:
         # Kept by a session that is gone, or an interrupt came between getting it and using it. (A
         # copy in a forked child is nobody's to end.)
-        if getattr(self, "told", True) or self.process != os.getpid():
+        if not hasattr(self, "channel") or self.process != os.getpid():
             return
-        if self.ended is None:
+        if self.told:
+            self.link.ended(self.id)  # an interrupt may have come just before that
+        elif self.ended is None:
             self.release(None, FORGOTTEN)
         else:
             self._tell_manager(frames.destroy(self.id, "its end was interrupted"))
+            self._over()

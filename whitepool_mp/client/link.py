@@ -18,7 +18,6 @@ import select
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from typing import Any
 
@@ -93,7 +92,8 @@ class Link:
         self.broken = False  # not to be used for requests any more
         self._over = False
         self._rejoining = False
-        self.leases: dict[int, weakref.ref[Any]] = {}
+        self.holds: set[int] = set()  # the leases granted here that have not ended
+        self._retired = False
         self._sock, self._decoder, self._generation = self._join(deadline)
         self._poll.register(self._sock.fileno(), select.POLLIN)
 
@@ -336,6 +336,18 @@ class Link:
         number = self.next_number()
         self.ask(number, frames.request(frames.PING, number), deadline)
 
+    def retire(self) -> None:
+        """Nobody will ask here again: close it, when all that was granted here has ended."""
+        self._retired = True
+        if not self.holds:
+            self.close()
+
+    def ended(self, lease: int) -> None:
+        """A lease that was granted here has ended, and the manager was told if it had to be."""
+        self.holds.discard(lease)
+        if self._retired and not self.holds:
+            self.close()
+
     def hang_up(self) -> None:
         """End the connection under whoever waits on it; they, or the last reference, close it."""
         self.broken = self._over = True
@@ -350,8 +362,9 @@ class Link:
         """Close this process's copy of the socket."""
         self.broken = self._over = True
         self._sock.close()
-        while self._fds:
-            os.close(self._fds.popleft())
+        with contextlib.suppress(IndexError):
+            while True:
+                os.close(self._fds.popleft())
 
     def _receive(self, deadline: float | None) -> bytes:
         inbox = self._inbox

@@ -1,6 +1,6 @@
 """A process's membership of a pool: what all its sessions, leases and threads share.
 
-    Session, Lease, ... --> Member --has--> a Link for each thread that talks to the manager
+    Session, Lease, ... --> Member --has--> a Link for each thread that asks the manager (`Links`)
                                    --has--> a Channel for each worker met
                                    --has--> a Hold of each worker kept between calls of `run`
                                    --may have--> an Engine (submit, map) and, in the owner, an Owner
@@ -28,6 +28,7 @@ from whitepool_mp.client.address import Address
 from whitepool_mp.client.channel import Channel
 from whitepool_mp.client.joining import LinkBroken, TimedOut, dial
 from whitepool_mp.client.link import Link
+from whitepool_mp.client.links import Links
 from whitepool_mp.errors import (
     CheckoutTimeout,
     FactoryFailed,
@@ -54,6 +55,14 @@ class Leased(Protocol):
     id: int
     name: str
     _member: Member
+
+
+class Forgettable(Protocol):
+    """A lease of blocking code, which may be forgotten."""
+
+    id: int
+
+    def forget(self) -> bool: ...
 
 
 L = TypeVar("L", bound=Leased)
@@ -94,11 +103,10 @@ class Member:
         return _members.get(ticket[0]) or cls(ticket)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of a lease that is collected in the midst of it
         self._token = os.urandom(frames.MEMBER_BYTES)
         self._local = threading.local()
-        self._free: list[Link] = []
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._links = Links(self._connect)
         self._channels: dict[int, Channel] = {}  # those that no lease uses, by worker
         self._opened: weakref.WeakSet[Channel] = weakref.WeakSet()
         self._threaded: Threaded | None = None
@@ -107,8 +115,8 @@ class Member:
 
     # --- links ----------------------------------------------------------------------------
 
-    def link(self, deadline: float | None = None) -> Link:
-        """This thread's control connection.
+    def link(self, deadline: float | None = None) -> contextlib.AbstractContextManager[Link]:
+        """A control connection, the calling thread's for as long as the block runs.
 
         Args:
             deadline: until when to try to connect, on the monotonic clock; None for as long as the
@@ -118,29 +126,32 @@ class Member:
             TimedOut: the manager did not answer in time.
             PoolClosed: the pool was shut down.
             ManagerDied: its manager is gone.
+            OSError: this process has no descriptor left for one.
         """
-        holder: _Holder | None = getattr(self._local, "holder", None)
-        if holder is not None and not holder.link.broken:
-            return holder.link
-        with self._lock:
-            link = self._free.pop() if self._free else None
-        if link is None or link.broken:
-            if self.closed:
-                raise self.gone()
-            try:
-                link = Link(*self.joining(), deadline)
-            except LinkBroken:
-                raise self.gone() from None
-            self._links.add(link)
-        self._local.holder = _Holder(link, self._free)
-        return link
+        return self._links.use(deadline)
+
+    def _connect(self, deadline: float | None) -> Link:
+        if self.closed:
+            raise self.gone()
+        try:
+            return Link(*self.joining(), deadline)
+        except LinkBroken:
+            raise self.gone() from None
 
     def make_sure(self, link: Link) -> None:
-        """Wait until the manager has heard what was said on a link, if it is this thread's."""
-        holder: _Holder | None = getattr(self._local, "holder", None)
-        if holder is not None and holder.link is link and not (link.broken or link.asking):
-            with contextlib.suppress(LinkBroken, TimedOut):
-                link.ping(time.monotonic() + 1.0)
+        """Wait until the manager has heard what was said on a link, if no thread uses it. (One that
+        does says all of it again, should that manager die.)"""
+        with self._links.use_again(link) as idle:
+            if idle:
+                with contextlib.suppress(LinkBroken, TimedOut):
+                    link.ping(time.monotonic() + 1.0)
+
+    def leases_here(self) -> dict[int, weakref.ref[Forgettable]]:
+        """The leases that this thread has checked out and that have not ended, by number."""
+        found: dict[int, weakref.ref[Forgettable]] | None = getattr(self._local, "leases", None)
+        if found is None:
+            found = self._local.leases = {}
+        return found
 
     def gone(self) -> WhitepoolError:
         """The error that says why the manager does not answer."""
@@ -196,8 +207,7 @@ class Member:
 
     def return_forgotten(self) -> None:
         """Check in what this thread still holds, idle, when it leaves the pool's `with` block."""
-        holder: _Holder | None = getattr(self._local, "holder", None)
-        for reference in list(holder.link.leases.values()) if holder is not None else ():
+        for reference in list(self.leases_here().values()):
             lease = reference()
             if lease is not None and lease.forget():
                 warnings.warn(
@@ -260,7 +270,8 @@ class Member:
         if channel is None:
             channel = self._from_kept(worker)
         if channel is None:
-            fds = self.link(deadline).open(lease, deadline)
+            with self.link(deadline) as link:
+                fds = link.open(lease, deadline)
             if fds is None:
                 raise LeaseError(f"lease {lease} has no worker")
             channel = Channel(*fds)
@@ -285,11 +296,18 @@ class Member:
         """A lease is over, and nothing is under way on its channel: keep it for the next."""
         if channel is None:
             return
+        over = channel
         with self._lock:
-            if self.closed or worker in self._channels:
-                channel.close()
-            else:
+            if not (self.closed or worker in self._channels):
                 self._channels[worker] = channel
+                # Of those that wait look at one, in turn: after the pool has shrunk no other is
+                # opened for a while.
+                first = next(iter(self._channels))
+                over = self._channels.pop(first)
+                if not over.dead():
+                    self._channels[first] = over
+                    return
+        over.close()
 
     # --- the engine -----------------------------------------------------------------------
 
@@ -331,19 +349,16 @@ class Member:
         if self.owner is not None:
             self._end.detach()
             self.owner.end()
+        self._links.close()
         with self._lock:
-            for link in list(self._links):
-                link.hang_up()
             self.kept.clear()
             rooms.let_go()
             self._channels.clear()
-            self._free.clear()
             self._local = threading.local()
 
     def forked(self) -> None:
         """In a forked child: close the copies and start from nothing."""
-        for link in list(self._links):
-            link.close()
+        self._links.forked()
         for channel in list(self._opened):
             channel.close()
         if self._threaded is not None:
@@ -353,23 +368,6 @@ class Member:
             self.owner.forked()
             self.owner = None
         self._reset()
-
-
-class _Holder:
-    """A thread's hold on its link: when the thread ends, the link is free for another thread.
-
-    Leases keep their own reference to the link, so one that outlives its thread stays valid.
-    """
-
-    __slots__ = ("_free", "link")
-
-    def __init__(self, link: Link, free: list[Link]) -> None:
-        self.link = link
-        self._free = free
-
-    def __del__(self) -> None:
-        if not self.link.broken:
-            self._free.append(self.link)
 
 
 def worker_died(

@@ -60,7 +60,8 @@ def _drain(member: Member, seconds: float | None, tell: bool) -> None:
     try:
         if engine is not None and not engine.wait_idle(deadline):
             raise TimedOut
-        answer = member.link(deadline).question(frames.DRAIN, deadline)
+        with member.link(deadline) as link:
+            answer = link.question(frames.DRAIN, deadline)
     except TimedOut:
         held = _held(member)
         terminate(member)
@@ -106,7 +107,8 @@ def _held(member: Member) -> str:
     """Who holds which worker, for an error message."""
     until = time.monotonic() + _TELL_SECONDS
     try:
-        rows = member.link(until).question(frames.WORKERS, until)
+        with member.link(until) as link:
+            rows = link.question(frames.WORKERS, until)
     except (TimedOut, LinkBroken, PoolClosed, ManagerDied):
         rows = []
     held = [
@@ -135,7 +137,8 @@ def terminate(member: Member) -> None:
         member.draining = True
         try:
             deadline = time.monotonic() + _TERMINATE_SECONDS
-            member.link(deadline).question(frames.TERMINATE, deadline)
+            with member.link(deadline) as link:
+                link.question(frames.TERMINATE, deadline)
         except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
             pass  # it is gone, or stuck, which its owner will see
     member.close()

@@ -10,6 +10,7 @@ import contextlib
 
 from whitepool_mp.broker import WorkerState
 from whitepool_mp.errors import headline
+from whitepool_mp.wire import frames
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Census:
         state = _state(worker, hand)
         client = worker.client if state != "idle" else None
         holder = self._door.clients.get(client) if client else None
+        site, thread = frames.site_and_thread(self._sites.get(worker.id, ""))
         return {
             "pid": hand.pid,
             "slot": worker.slot,
@@ -129,8 +131,8 @@ class Census:
             "leases": worker.leases_served,
             "lease": worker.lease if state != "idle" else None,
             "holder_pid": holder.pid if holder else None,
-            "holder_thread": holder.thread if holder else None,
-            "site": self._sites.get(worker.id, "") if holder else None,
+            "holder_thread": (thread or holder.thread) if holder else None,
+            "site": site if holder else None,
             **_measure(hand),
         }
 

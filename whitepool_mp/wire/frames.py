@@ -249,6 +249,17 @@ def checkout(
     return frame(_CHECKOUT.pack(CHECKOUT, request, flags, when, asked) + _clip(site, 400))
 
 
+def in_thread(site: str, thread: str) -> str:
+    """A checkout's `site` that also says which thread asks, if it is not the connection's own."""
+    return f"{thread[:100]}\0{site}"
+
+
+def site_and_thread(site: str) -> tuple[str, str]:
+    """The line of code, and the thread's name, "" if it was not told."""
+    thread, _, line = site.rpartition("\0")
+    return line, thread
+
+
 def read_checkout(body: bytes) -> Checkout:
     """Decode CHECKOUT."""
     _, request, flags, deadline, asked = _unpack(_CHECKOUT, body)
