@@ -239,3 +239,16 @@ def by_loop(session):
 
 async def in_loop(session):
     return await session.aio().run(abs, -1)
+
+
+def large(job):
+    """Note that this job ran, wait for the test if it names a pipe, and return many bytes."""
+    path, number, size, *pipe = job
+    write(path, number)
+    if pipe and pipe[0] is not None:
+        wait_for(pipe[0])
+    return number.to_bytes(4, "little") + bytes(size - 4)
+
+
+def number_of(result):
+    return int.from_bytes(result[:4], "little")

@@ -29,7 +29,9 @@ from whitepool_mp.errors import (
     PoolClosed,
     ShutdownTimeout,
 )
-from whitepool_mp.jobs import MapJob, Ordering, progress_bar
+from whitepool_mp.jobs import MapJob
+from whitepool_mp.map_results import Ordering
+from whitepool_mp.progress import progress_bar
 from whitepool_mp.session import INSTANT, Session, caller_site
 from whitepool_mp.status import (
     Status,
@@ -269,11 +271,14 @@ class AsyncSession:
         driver = self._driver()
         job._send = driver.engine.submit
         # (Not at once: an iterator that is dropped is closed at any moment.)
-        job.recant = lambda running: driver.engine.post(driver.engine.recant_all, job, running)
+        job.take_out = lambda running: driver.engine.post(
+            driver.engine.take_out, job, job.taken_out, running
+        )
         job.site = caller_site()
         bar = progress_bar(progress, job.total, job.name)
         came = asyncio.Event()
         job.notify = came.set
+        job.ordered = ordered
         ordering = Ordering(ordered)
         try:
             while True:
@@ -290,8 +295,8 @@ class AsyncSession:
                     came.clear()
                     await came.wait()
                     continue
-                returned, values = found
-                job.handed += len(values)
+                returned, values, size = found
+                job.hand_out(len(values), size)
                 if not returned and not return_exceptions:
                     raise values[0]
                 for value in values:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from whitepool_mp.client.shutdown import drain
 from whitepool_mp.config import check_count, check_timeout
 from whitepool_mp.errors import PoolClosed
-from whitepool_mp.jobs import MapJob, iterate
+from whitepool_mp.jobs import MapJob
+from whitepool_mp.map_results import iterate
 from whitepool_mp.pool import Pool
 from whitepool_mp.wire import payload
 

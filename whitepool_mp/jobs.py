@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, TimeoutError
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +36,9 @@ AHEAD = 8
 slow taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
+UNREAD_BYTES = 64 << 20
+"""When so many bytes of results wait to be handed out, and there are at least two for each worker, no
+more calls are begun."""
 
 
 _SIZED = {str, bytes}
@@ -52,6 +54,10 @@ class MapJob:
     A chunk grows or shrinks so that it runs for about `CHUNK_SECONDS`, and is sent as it is when
     its input takes longer; each of its calls is answered, fails and dies on its own. Plain values
     of a list, a tuple or a range go in bulk, for about `BULK_SECONDS` at a time.
+
+    When many bytes of results wait to be handed out, what has not begun is taken back
+    (`taken_out`), and is sent again as they are taken. What is to be handed out next is sent in any
+    case.
 
     Args:
         member: the pool.
@@ -104,19 +110,26 @@ class MapJob:
         self._chunksize = chunksize
         self._send = send
         self.site = ""
+        self.ordered = True
         self.exhausted = False
         self.read = 0
-        self._answered = 0  # counted by the engine alone, ...
-        self._unsent = 0  # ... and what failed before it was sent by who feeds
+        self.ended = 0  # counted by the engine, and by the thread that feeds or closes
+        self._ending = threading.Lock()
         self.handed = 0
         self._mean = 0.0  # seconds for a call, as measured
-        # Index, whether they returned, and their values; or count, skip and message of a bulk.
-        self._results: deque[tuple[int, bool | None, Any]] = deque()
+        # Index, whether they returned, and their values; or count, skip and message of a bulk; and
+        # of how many bytes they came.
+        self._results: deque[tuple[int, bool | None, Any, int]] = deque()
+        # Bytes of results. Each of the two is written by one thread.
+        self._bytes_come = self._bytes_gone = 0
+        self._holding = False  # whether what has not begun is to be taken back, or has been
+        self._taken_out: deque[Task] = deque()
+        self._withheld: list[Task] = []
         self._feeding = threading.RLock()
         self._fed = self._shut = self._closed = False
         self.notify: Callable[[], None] = lambda: None
         self.finished: Callable[[], None] = lambda: None
-        self.recant: Callable[[bool], None] = lambda running: None
+        self.take_out: Callable[[bool], None] = lambda running: None
 
     @property
     def chunk(self) -> int:
@@ -135,11 +148,6 @@ class MapJob:
             share = (self.total - self.read) // (2 * self.member.capacity)
             size = min(size, max(share, least))
         return max(1, min(size, largest))
-
-    @property
-    def ended(self) -> int:
-        """How many calls have ended, or will never begin."""
-        return self._answered + self._unsent
 
     @property
     def done(self) -> bool:
@@ -162,6 +170,15 @@ class MapJob:
         self._look_for_end()
 
     def _feed(self) -> None:
+        while self._taken_out:
+            self._withheld.append(self._taken_out.popleft())
+            self._withheld.sort(key=lambda task: task.first + task.at)
+        if self._full:
+            self._send_next()
+            return
+        self._holding = False
+        while self._withheld:
+            self._post(self._withheld.pop(0))
         capacity = self.member.capacity
         began = time.monotonic()
         while not (self.exhausted or self._closed or self._shut):
@@ -176,6 +193,25 @@ class MapJob:
             self._send_chunk(chunk)
             if self._results and time.monotonic() - began >= CHUNK_SECONDS and not self._whole:
                 return
+
+    @property
+    def _full(self) -> bool:
+        """Whether enough results wait to be handed out."""
+        return (
+            not self._whole
+            and self._bytes_come - self._bytes_gone >= UNREAD_BYTES
+            and self.ended - self.handed >= 2 * self.member.capacity
+        )
+
+    def _send_next(self) -> None:
+        """Although enough wait, none of them may be handed out before one that has been withheld:
+        send that one."""
+        if self.ordered and self._withheld and self._withheld[0].first <= self.handed:
+            task = self._withheld.pop(0)
+            rest = task.cut(1)
+            if rest is not None:
+                self._withheld.insert(0, rest)
+            self._post(task)
 
     def _send_bulk(self, column: Sequence[Any], size: int) -> bool:
         """Send plain values; False if they are not plain, and then none will be sent in bulk."""
@@ -214,7 +250,6 @@ class MapJob:
             if isinstance(dumped, Exception):  # that one call fails, where its result would be
                 if items:
                     self._post(self._task(items, first))
-                self._unsent += 1
                 self._put(self.read - 1, False, dumped)
                 items, first = [], self.read
                 continue
@@ -256,7 +291,6 @@ class MapJob:
             if not self._whole:
                 raise
             for index in range(task.first, task.first + task.count):
-                self._unsent += 1
                 self._put(index, False, copy.copy(error))
 
     def _dumped(self, inputs: Iterable[tuple[Any, ...]]) -> Iterator[Dumped | Exception]:
@@ -284,29 +318,27 @@ class MapJob:
 
     def began(self, task: Task) -> bool:
         if self._closed:
-            self.dropped(task)
+            self._count(task.left)
+            self._came()
         return not self._closed
-
-    def dropped(self, task: Task) -> None:
-        self._answered += task.left
-        self._came()
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         self._learn(message.token / 1e9)
+        size = len(message.payload)
+        for buffer in message.buffers:
+            size += memoryview(buffer).nbytes
         returned, value = open_answer(message, self.name, 0, self.member.name)
-        self._answered += 1
-        self._put(index, returned, value)
+        self._put(index, returned, value, size)
 
     def returned(
         self, task: Task, index: int, count: int, skip: int, seconds: float, results: bytes
     ) -> None:
         self._learn(seconds, count)
-        self._answered += count
-        self._results.append((index, None, (count, skip, results)))
-        self._came()
+        self._count(count)
+        self._results.append((index, None, (count, skip, results), len(results)))
+        self._came(len(results))
 
     def failed(self, task: Task, index: int, error: BaseException) -> None:
-        self._answered += 1
         self._put(index, False, error)
 
     def _learn(self, seconds: float, count: int = 1) -> None:
@@ -316,31 +348,63 @@ class MapJob:
         old = 0.8**count if self._mean else 0.0
         self._mean = old * self._mean + (1 - old) * seconds
 
-    def _put(self, index: int, returned: bool, value: Any) -> None:
-        self._results.append((index, returned, [value]))
-        self._came()
+    def _put(self, index: int, returned: bool, value: Any, size: int = 0) -> None:
+        self._count(1)
+        self._results.append((index, returned, [value], size))
+        self._came(size)
 
-    def _came(self) -> None:
-        """Results came."""
+    def _count(self, count: int) -> None:
+        with self._ending:
+            self.ended += count
+
+    def _came(self, size: int = 0) -> None:
+        """Results came. If enough of them wait to be handed out, have back what has not begun."""
+        if size:
+            self._bytes_come += size
         if self._whole:
             self.feed()
+        elif (
+            self._bytes_come - self._bytes_gone >= UNREAD_BYTES and not self._holding and self._full
+        ):
+            self._holding = True
+            self.take_out(False)
         self.notify()
+        self._look_for_end()
+
+    def taken_out(self, tasks: list[Task]) -> None:
+        """What had been sent, and had not begun, is had back (or had, and its worker was killed)."""
+        self._taken_out.extend(tasks)
+        if self._closed:
+            self._drop()
+        self.notify()
+
+    def _drop(self) -> None:
+        """What has been had back is not sent again."""
+        for tasks in (self._taken_out, self._withheld):
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._count(tasks.pop().left)
         self._look_for_end()
 
     def _look_for_end(self) -> None:
         if self.ended == self.read and (self.exhausted or self._closed or self._shut):
             self.finished()
 
-    def take(self) -> tuple[int, bool, list[Any]] | None:
+    def take(self) -> tuple[int, bool, list[Any], int] | None:
         """Calls that ended one after the other, if there are some not yet taken: the first one's
-        index, whether they returned, and what."""
+        index, whether they returned, what, and of how many bytes that came."""
         if not self._results:
             return None
-        index, returned, values = self._results.popleft()
+        index, returned, values, size = self._results.popleft()
         if returned is None:
             count, skip, results = values
-            return index, True, messages.load_results(results)[skip : skip + count]
-        return index, returned, values
+            return index, True, messages.load_results(results)[skip : skip + count], size
+        return index, returned, values, size
+
+    def hand_out(self, count: int, size: int) -> None:
+        """So many results, of so many bytes, go to the taker."""
+        self.handed += count
+        self._bytes_gone += size
 
     @property
     def is_shut(self) -> bool:
@@ -365,150 +429,9 @@ class MapJob:
         """
         self._closed = True
         if self.ended < self.read:
-            self.recant(running)
+            self.take_out(running)
+        self._drop()
         self.notify()
-        self._look_for_end()
-
-
-class Ordering:
-    """Puts results back in the order of their inputs, or hands them out as they come."""
-
-    def __init__(self, ordered: bool) -> None:
-        self._ordered = ordered
-        self._early: dict[int, tuple[bool, list[Any]]] = {}
-        self._next = 0
-
-    def add(self, index: int, returned: bool, values: list[Any]) -> None:
-        """Results came."""
-        self._early[index] = (returned, values)
-
-    def pop(self) -> tuple[bool, list[Any]] | None:
-        """The next results to hand out, if they are there."""
-        if not self._ordered:
-            return self._early.pop(next(iter(self._early))) if self._early else None
-        found = self._early.pop(self._next, None)
-        if found is not None:
-            self._next += len(found[1])
-        return found
-
-
-def iterate(
-    job: MapJob,
-    ordered: bool,
-    return_exceptions: bool,
-    bar: Any,
-    deadline: float | None = None,
-) -> Iterator[Any]:
-    """The results of a map, for a blocking caller; they are counted from now on.
-
-    Raises:
-        concurrent.futures.TimeoutError: a result had not come by the deadline, on the monotonic
-            clock.
-    """
-    signals: queue.SimpleQueue[None] = queue.SimpleQueue()
-    job.notify = lambda: signals.put(None)
-    return _iterate(job, signals, ordered, return_exceptions, bar, deadline)
-
-
-def _iterate(
-    job: MapJob,
-    signals: queue.SimpleQueue[None],
-    ordered: bool,
-    return_exceptions: bool,
-    bar: Any,
-    deadline: float | None,
-) -> Iterator[Any]:
-    ordering = Ordering(ordered)
-    try:
-        while True:
-            job.feed()
-            if job.done:
-                return
-            if job.is_shut:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            while (found := ordering.pop()) is None:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                try:
-                    signals.get(timeout=left)
-                except queue.Empty:
-                    job.close(running=True)
-                    raise TimeoutError(
-                        f"a result of {job.name} had not come in time; the map was given up, and "
-                        "the workers of its calls that were running are being replaced"
-                    ) from None
-                result = job.take()
-                if result is not None:
-                    ordering.add(*result)
-                    if bar is not None:
-                        bar.update(len(result[2]))
-                elif job.cut_short:
-                    raise CancelledError
-                job.feed()
-            returned, values = found
-            job.handed += len(values)
-            # The only reference to a value is the taker's, also while this waits.
-            if not returned and not return_exceptions:
-                raise values.pop()
-            if len(values) == 1:
-                yield values.pop()
-            else:
-                yield from values
-    finally:
-        job.close()
-        if bar is not None:
-            bar.close()
-
-
-class PlainBar:
-    """A progress line on standard error, for when tqdm is not installed."""
-
-    def __init__(self, total: int | None, name: str) -> None:
-        import sys
-
-        self._out = sys.stderr
-        self._total = total
-        self._name = name
-        self._done = 0
-        self._began = time.monotonic()
-        self._shown = 0.0
-
-    def update(self, count: int) -> None:
-        """Count, and show it at most ten times a second."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._shown >= 0.1 or self._done == self._total:
-            self._shown = now
-            self._show("\r")
-
-    def _show(self, start: str) -> None:
-        seconds = time.monotonic() - self._began
-        of = f"/{self._total}" if self._total is not None else ""
-        rate = self._done / seconds if seconds else 0.0
-        self._out.write(f"{start}{self._name}: {self._done}{of} [{seconds:.1f} s, {rate:.0f}/s]")
-        self._out.flush()
-
-    def close(self) -> None:
-        """End the line."""
-        self._show("\r")
-        self._out.write("\n")
-
-
-def progress_bar(progress: bool | str, total: int | None, name: str) -> Any:
-    """A bar to `update`, or None.
-
-    Args:
-        progress: False for none, True for one titled by the function, or the title.
-        total: how many calls there are, if known.
-        name: the function's name.
-    """
-    if progress is False:
-        return None
-    title = name if progress is True else str(progress)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return PlainBar(total, title)
-    return tqdm(total=total, desc=title)
 
 
 def known_length(iterables: tuple[Iterable[Any], ...]) -> int | None:

@@ -364,6 +364,8 @@ class Session:
         """Run `fn` on each item (or on items of several iterables together) in the workers.
 
         The input is read as the results are taken, at most a few windows ahead: it may be endless.
+        When 64 MiB of results wait to be taken no more calls are begun until they are; but there
+        may be two results for each worker, however large.
         Each call ends on its own: one that raises, or whose worker dies, costs no other its result.
 
         Args:
@@ -384,7 +386,8 @@ class Session:
         Raises:
             Exception: as for `run`, from the iterator.
         """
-        from whitepool_mp.jobs import iterate, progress_bar
+        from whitepool_mp.map_results import iterate
+        from whitepool_mp.progress import progress_bar
 
         if not iterables:
             raise TypeError("map() needs at least one iterable")
@@ -397,7 +400,7 @@ class Session:
         """Have a map's calls made by this process's engine."""
         threaded = self._member.threaded()
         job._send = threaded.submit
-        job.recant = lambda running: threaded.recant_all(job, running)
+        job.take_out = lambda running: threaded.take_out(job, job.taken_out, running)
         job.site = caller_site()
 
     def _map_job(

@@ -207,25 +207,27 @@ class Endings(Flights):
             self.cancel(task)
             recanted()
 
-    def recant_all(self, sink: Sink, running: bool = False) -> None:
-        """Nobody wants what a sink waits for any more: take back what has not begun, and drop it.
+    def take_out(self, sink: Sink, running: bool) -> list[Task]:
+        """Take back what has not begun of all that a sink waits for.
 
         Args:
-            sink: it is told of each task that is dropped.
-            running: whether to kill the workers of calls that have begun, too.
+            sink: it hears of none of these calls, unless they are submitted again.
+            running: whether to take calls that have begun as well, and kill their workers.
+
+        Returns:
+            The tasks, or what is left of them.
         """
         for lease in list(self._leases.values()):
             if any(task.sink is sink for task in lease.tasks):
                 self._take_back(lease)
-        dropped = [task for task in self._pending if task.sink is sink]
+        taken = [task for task in self._pending if task.sink is sink]
         self._pending = deque(task for task in self._pending if task.sink is not sink)
         for lease in list(self._leases.values()) if running else ():
             if lease.tasks and lease.tasks[0].sink is sink:
                 task = lease.tasks[0]
                 self.cancel(task)
-                dropped.append(task)
-        for task in dropped:
-            sink.dropped(task)
+                taken.append(task)
+        return taken
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

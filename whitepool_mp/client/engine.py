@@ -413,10 +413,11 @@ class Engine(Channels):
         if not self._closed:
             self.jobs.recant(task, recanted)
 
-    def recant_all(self, sink: Sink, running: bool = False) -> None:
-        """Nobody wants what a sink waits for any more; or, unless `running`, what has not begun."""
+    def take_out(self, sink: Sink, taken: Callable[[list[Task]], None], running: bool) -> None:
+        """Give back what a sink waits for; unless `running`, what of it has not begun."""
         if not self._closed:
-            self.jobs.recant_all(sink, running)
+            self._take_in()
+            taken(self.jobs.take_out(sink, running))
 
     def destroy(self, lease: EngineLease, reason: str) -> None:
         """Have a leased worker killed and replaced; a call running on it is the caller's to end."""

@@ -125,9 +125,6 @@ class JobFuture(Future[Any]):
                 self._state = "RUNNING"
             return self._state == "RUNNING"
 
-    def dropped(self, task: Task) -> None:
-        """It was cancelled, and has ended."""
-
     def answered(self, task: Task, index: int, message: Message) -> None:
         returned, value = open_answer(message, self._name, 0, self._pool_name)
         self._task = self._pool_member = None

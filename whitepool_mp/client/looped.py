@@ -132,9 +132,6 @@ class FutureSink:
     def began(self, task: Task) -> bool:
         return not self._future.done()
 
-    def dropped(self, task: Task) -> None:
-        """Its future has ended."""
-
     def answered(self, task: Task, index: int, message: Message) -> None:
         returned, value = open_answer(message, self._name, 0, self._pool)
         if not self._future.done():

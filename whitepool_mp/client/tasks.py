@@ -16,16 +16,13 @@ LARGEST_AHEAD = 32 * 1024
 
 
 class Sink(Protocol):
-    """Who hears how the calls of a task end; each index is heard of once, unless it is dropped.
+    """Who hears how the calls of a task end; each index is heard of once, unless nobody wants it.
 
     Called by the engine, which waits: be quick, and do not raise.
     """
 
     def began(self, task: Task) -> bool:
         """The task, or what is left of it, is about to be sent; False: nobody wants it any more."""
-
-    def dropped(self, task: Task) -> None:
-        """What is left of the task is not run, or its worker was killed, as nobody wanted it."""
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         """A RESULT or ERROR came; the message is valid until this returns."""

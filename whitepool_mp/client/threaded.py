@@ -86,9 +86,10 @@ class Threaded:
         """Give a task of one call up if it has not begun, and say so then."""
         self.engine.post(self.engine.recant, task, recanted)
 
-    def recant_all(self, sink: Sink, running: bool = False) -> None:
-        """Give up what a sink waits for; or, unless `running`, what of it has not begun."""
-        self.engine.post(self.engine.recant_all, sink, running)
+    def take_out(self, sink: Sink, taken: Callable[[list[Task]], None], running: bool) -> None:
+        """Have back what a sink waits for; unless `running`, what has not begun; `taken` gets it
+        soon."""
+        self.engine.post(self.engine.take_out, sink, taken, running)
 
     def inside(self) -> bool:
         """Whether the calling code runs in the engine's thread (a future's callback)."""
