@@ -262,7 +262,7 @@ DEADLINE = st.sampled_from((float("-inf"), -1.0, 0.0, 5e-324, 1.7e308, float("na
 SAID = st.one_of(
     st.builds(
         lambda number, flags, deadline, site: frames.frame(
-            struct.pack("!BIBd", frames.CHECKOUT, number, flags, deadline) + site
+            struct.pack("!BQBd", frames.CHECKOUT, number, flags, deadline) + site
         ),
         NUMBER,
         st.integers(0, 255),
@@ -397,7 +397,7 @@ def test_no_client_s_words_burst_what_others_are_told(session: Session, word: st
             begin = struct.pack("!B32s32s16sI", frames.AUTH, nonce, proof, os.urandom(16), 1)
             sock.sendall(frames.frame(begin + words[:900]))
             assert sock.recv(65536)[4] == frames.WELCOME
-            ask = struct.pack("!BIBd", frames.CHECKOUT, 1, 1, float("inf"))
+            ask = struct.pack("!BQBd", frames.CHECKOUT, 1, 1, float("inf"))
             sock.sendall(frames.frame(ask + words))
         until(lambda: session.status().leased == 2)
         rows = session.workers()

@@ -44,7 +44,7 @@ ABOUT_A_LEASE = st.sampled_from((frames.OPEN, frames.WHY))
 @st.composite
 def sent(draw: st.DrawFn) -> tuple[bytes, int, Callable[[bytes], Any], Any]:
     """A frame of any kind: its bytes, its kind, its reader and what that must give."""
-    number, lease, text = draw(U32), draw(U64), draw(TEXT)
+    number, lease, text = draw(U64), draw(U64), draw(TEXT)
     kind = draw(st.sampled_from(sorted(_MAKERS)))
     return _MAKERS[kind](draw, number, lease, text)
 
@@ -105,7 +105,7 @@ def _pong(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _grant(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    fields = (number, lease, draw(U32), draw(U32), draw(U32), draw(st.booleans()))
+    fields = (number, lease, draw(U64), draw(U32), draw(U32), draw(st.booleans()))
     return frames.grant(*fields), frames.GRANT, frames.read_grant, fields
 
 

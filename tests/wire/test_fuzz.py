@@ -130,7 +130,7 @@ def test_a_checkout_s_deadline_is_a_number_or_none(
     number: int, flags: int, deadline: float, asked: float, site: bytes
 ) -> None:
     """A NaN is neither before nor after anything: it would never be due, and never in time."""
-    body = struct.pack("!BIBdd", frames.CHECKOUT, number, flags, deadline, asked) + site
+    body = struct.pack("!BQBdd", frames.CHECKOUT, number, flags, deadline, asked) + site
     try:
         read = frames.read_checkout(body)
     except ProtocolError:

@@ -156,6 +156,19 @@ def test_a_token_is_one_word_however_large_its_parts_are(sheet: Sheet) -> None:
         assert page.words[BEGUN] == token(lease, number)
 
 
+def test_what_was_begun_last_is_behind_the_call_whose_number_wraps(sheet: Sheet) -> None:
+    page = sheet.view()
+    end = 1 << pages.NUMBER_BITS
+    for wrap in (end, 1 << 32):
+        page.words[BEGUN] = token(LEASE, wrap - 1)
+        assert page.began(LEASE, wrap - 2) and page.began(LEASE, wrap - 1)
+        assert not page.began(LEASE, wrap) and not page.began(LEASE, wrap + 1)
+        page.words[BEGUN] = token(LEASE, wrap)
+        assert page.began(LEASE, wrap - 1) and page.began(LEASE, wrap)
+        assert not page.began(LEASE, wrap + 1)
+        assert not page.began(LEASE - 1, wrap) and not page.began(LEASE + 1, wrap)
+
+
 # --- what it tells ----------------------------------------------------------------------------
 
 

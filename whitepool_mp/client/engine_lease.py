@@ -105,6 +105,11 @@ class EngineChannel(Channel):
         """`queue` for a small call that has just been numbered."""
         self._small.append(HEAD.pack(kind, flags, 0, self.number, lease, len(payload)) + payload)
 
+    def renumber(self) -> None:
+        """Begin with the first number again, while nothing is in flight and nothing taken back."""
+        self.number = 0
+        self.page.forget_taken()
+
     def _gather(self) -> None:
         if self._small:
             data = self._small[0] if len(self._small) == 1 else b"".join(self._small)

@@ -30,7 +30,8 @@ PATIENCE_SECONDS = 0.006
 """How long a call may at least take before those behind it are taken back; longer than a worker
 holds answers back."""
 LAST_NUMBER = 0xF0_0000
-"""A channel whose calls have been numbered up to this begins anew under another lease."""
+"""A channel whose calls have been numbered up to this begins anew: under another lease, or if its
+holder decides when that ends, when nothing is in flight."""
 
 
 class Flights:
@@ -137,6 +138,8 @@ class Flights:
         self._long.pop(lease, None)
         channel = lease.channel
         if lease.manual:
+            if channel is not None and channel.number >= LAST_NUMBER and channel.taken is None:
+                channel.renumber()  # it may be held for as long as its holder likes
             return
         if channel is not None and channel.taken is not None:
             self.passing[lease] = None  # until the worker has passed what was taken back

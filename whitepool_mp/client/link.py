@@ -254,7 +254,7 @@ class Link:
 
     def next_number(self) -> int:
         """The number of the next request."""
-        self._number = self._number % 0xFFFF_FFFF + 1
+        self._number += 1
         return self._number
 
     def wait(self, number: int, deadline: float | None) -> bytes:

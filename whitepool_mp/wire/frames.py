@@ -77,19 +77,20 @@ TERMINATED = "the pool was terminated"
 
 REFUSALS = ("full", "closed", "timeout", "factory_failed", "cancelled")
 
-_REQUEST = struct.Struct("!BI")
+# Numbers that only grow have 64 bits: no pool lives to see their end.
+_REQUEST = struct.Struct("!BQ")
 _AUTH = struct.Struct("!B32s32s16sIQ?")
 _WELCOME = struct.Struct("!B32sII")
-_CHECKOUT = struct.Struct("!BIBdd")
+_CHECKOUT = struct.Struct("!BQBdd")
 _BLOCK, _KEEP, _SPARE_OWN = 1, 2, 4
 _LEASE = struct.Struct("!BQ")
 _RECALL = struct.Struct("!BQ?")
-_REQUEST_LEASE = struct.Struct("!BIQ")
-_RESIZE = struct.Struct("!BIII")
+_REQUEST_LEASE = struct.Struct("!BQQ")
+_RESIZE = struct.Struct("!BQII")
 _NONCE = struct.Struct("!B32s")
-_GRANT = struct.Struct("!BIQIII?")
-_REFUSED = struct.Struct("!BIB")
-_CHANNEL = struct.Struct("!BIB?")
+_GRANT = struct.Struct("!BQQQII?")
+_REFUSED = struct.Struct("!BQB")
+_CHANNEL = struct.Struct("!BQB?")
 
 
 class Auth(Record):

@@ -97,6 +97,8 @@ UNLIMITED = 1 << 62
 
 NUMBER_BITS = 24
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
+_AHEAD = 1 << NUMBER_BITS - 1
+"""Numbers of calls wrap. Fewer than this are in flight at once: what is further ahead is behind."""
 LAST_LEASE = (1 << 64 - NUMBER_BITS) - 1
 _WORD = (1 << 64) - 1
 
@@ -140,7 +142,8 @@ class Page:
     def began(self, lease: int, number: int) -> bool:
         """Whether the first call that was not answered has begun; also after the worker's death."""
         begun, call = self.words[BEGUN], token(lease, number)
-        return begun >= call and begun >> NUMBER_BITS == call >> NUMBER_BITS
+        same = begun >> NUMBER_BITS == call >> NUMBER_BITS
+        return same and begun - call & NUMBER_MASK < _AHEAD
 
     def busy(self) -> bool:
         """Whether a call is running."""
@@ -218,6 +221,10 @@ class Page:
         words[self._skip + 1] = token(lease, to)
         self._order()
         return min(to, after + max(0, words[BEGUN] - first))
+
+    def forget_taken(self) -> None:
+        """No call is taken back any more: their numbers are about to be used again."""
+        self.words[self._skip + 1] = self.words[self._skip] = 0
 
     def refuses(self, lease: int, number: int) -> bool:
         """Whether a call that was sent will never begin, since its lease has been taken back; or it
