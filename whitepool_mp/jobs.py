@@ -37,8 +37,8 @@ slow taker of results, holds the others up only then."""
 ITEM_INLINE = 256 * 1024
 """An item whose pickle is larger travels alone, its buffers out of band."""
 UNREAD_BYTES = 64 << 20
-"""When so many bytes of results wait to be handed out, and there are at least two for each worker, no
-more calls are begun."""
+"""When so many bytes of results wait to be handed out, and at least two for each worker, no more
+calls are begun."""
 
 
 _SIZED = {str, bytes}
@@ -372,7 +372,7 @@ class MapJob:
         self._look_for_end()
 
     def taken_out(self, tasks: list[Task]) -> None:
-        """What had been sent, and had not begun, is had back (or had, and its worker was killed)."""
+        """These were sent, and are back: they had not begun, or their workers were killed."""
         self._taken_out.extend(tasks)
         if self._closed:
             self._drop()

@@ -51,7 +51,7 @@ def sent(draw: st.DrawFn) -> tuple[bytes, int, Callable[[bytes], Any], Any]:
 
 def _auth(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
     member = draw(st.binary(min_size=16, max_size=16))
-    fields = (draw(NONCE), draw(NONCE), member, number, text, draw(U64), draw(st.booleans()))
+    fields = (draw(NONCE), draw(NONCE), member, draw(U32), text, draw(U64), draw(st.booleans()))
     return frames.auth(*fields), frames.AUTH, frames.read_auth, fields
 
 
@@ -92,7 +92,7 @@ def _challenge(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
 
 
 def _welcome(draw: st.DrawFn, number: int, lease: int, text: str) -> Any:
-    fields = draw(NONCE), number, draw(U32)
+    fields = draw(NONCE), draw(U32), draw(U32)
     return frames.welcome(*fields), frames.WELCOME, frames.read_welcome, fields
 
 

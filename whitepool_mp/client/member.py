@@ -110,6 +110,7 @@ class Member:
         self._channels: dict[int, Channel] = {}  # those that no lease uses, by worker
         self._opened: weakref.WeakSet[Channel] = weakref.WeakSet()
         self._threaded: Threaded | None = None
+        self.ending: threading.Thread | None = None  # shuts the pool down, for a callback of a job
         # Whoever runs a job takes the one used last, or asks the manager; both ends are atomic.
         self.kept: list[Hold] = []
 

@@ -294,9 +294,15 @@ class Owner:
             timeout: at most how long, in seconds; None for ever.
 
         Returns:
-            Whether it has ended. Its last manager is reaped and its folder gone then.
+            Whether it has ended. Its last manager is reaped, its folder gone and the thread that
+            watched it has ended then (unless it is that thread which asks).
         """
-        return self._forked or self._over.wait(timeout)
+        if self._forked:
+            return True
+        over = self._over.wait(timeout)
+        if over and threading.current_thread() is not self._thread:
+            self._thread.join()
+        return over
 
     def end(self) -> None:
         """End the pool now: ask the manager to, and kill it if it does not.

@@ -44,11 +44,32 @@ def drain(member: Member, seconds: float | None, tell: bool = True) -> None:
     """
     engine = member.running_engine()
     if engine is not None and engine.inside():
-        threading.Thread(
+        member.ending = threading.Thread(
             target=_drain, args=(member, seconds, tell), name="whitepool-shutdown"
-        ).start()
+        )
+        member.ending.start()
         return
-    _drain(member, seconds, tell)
+    try:
+        _drain(member, seconds, tell)
+    finally:
+        _see_off(member)
+
+
+def _see_off(member: Member) -> None:
+    """The pool has ended: wait for the threads that saw to it, if others began that. (In the
+    engine's thread nothing is waited for: the others may wait for it.)"""
+    engine = member.running_engine()
+    if not member.closed or (engine is not None and engine.inside()):
+        return
+    if engine is not None:
+        engine.join()  # first: it may be about to begin the other one
+    ending = member.ending
+    if ending is threading.current_thread():
+        return
+    if ending is not None:
+        ending.join()
+    if member.owner is not None:
+        member.owner.end()
 
 
 def _drain(member: Member, seconds: float | None, tell: bool) -> None:
@@ -142,3 +163,4 @@ def terminate(member: Member) -> None:
         except (LinkBroken, TimedOut, PoolClosed, ManagerDied):
             pass  # it is gone, or stuck, which its owner will see
     member.close()
+    _see_off(member)

@@ -114,6 +114,10 @@ class Threaded:
         """End the thread; what has not ended fails with `PoolClosed`."""
         self.stopped = True
         self.engine.post(_look)
+        self.join()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, which was told to end (unless it is that which asks)."""
         if not self.inside() and self._thread.is_alive():
             self._thread.join()
 
