@@ -593,6 +593,38 @@ def test_a_holder_learns_how_its_worker_ended(make: Callable[..., Bench]) -> Non
     assert (told["pid"], told["slot"], told["exitcode"]) == (grant.pid, grant.slot, 0)
 
 
+@pytest.mark.parametrize("how", ["asked", "was asked", "checkin", "destroy", "gone"])
+def test_how_a_worker_ended_is_kept_until_its_holder_knows_or_cannot_ask(
+    make: Callable[..., Bench], how: str
+) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    holder, same, other = bench.join(), bench.join(), bench.join(b"o" * frames.MEMBER_BYTES)
+    grant = holder.lease()
+    ask = frames.request_lease(frames.WHY, 5, grant.lease)
+    if how == "was asked":
+        same.say(ask)
+    bench.exits(grant.worker)
+    kept = bench.manager._obituaries
+    assert len(kept) == (how != "was asked")
+    if how == "asked":
+        same.say(ask)
+    elif how == "checkin":
+        holder.say(frames.checkin(grant.lease))
+    elif how == "destroy":
+        holder.say(frames.destroy(grant.lease, "its channel broke"))
+    elif how == "gone":
+        other.sock.close()
+        holder.sock.close()
+        bench.settle()
+        assert len(kept) == 1  # its process has another connection
+        same.sock.close()
+        bench.settle()
+    assert not kept
+    if how in ("asked", "was asked"):
+        assert frames.read_reply(same.only())["pid"] == grant.pid
+
+
 # --- workers that do not start ----------------------------------------------------------------
 
 

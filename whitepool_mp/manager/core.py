@@ -313,8 +313,17 @@ class Manager:
             if self._books.generation > 1:
                 self._take_back(client)
             self._gone(client.id)
+            self._forget_obituaries(client.member)
         self._is_back(client)
         self._muster.came(client)
+
+    def _forget_obituaries(self, member: bytes) -> None:
+        """A connection ended: if it was the last of its process, nobody will ask any more."""
+        if any(holder == member for holder, _ in self._obituaries) and not any(
+            each.member == member for each in self._door.clients.values()
+        ):
+            for key in [key for key in self._obituaries if key[0] == member]:
+                del self._obituaries[key]
 
     def _gone(self, client: int) -> None:
         """A client will not come back. What it held for jobs is taken back first, and is clean if
@@ -348,6 +357,7 @@ class Manager:
 
     def _on_checkin(self, client: Client, body: bytes) -> None:
         lease = frames.read_lease(body)[0]
+        self._obituaries.pop((client.member, lease), None)  # its holder does not ask any more
         worker = self._broker.lease_worker(client.id, lease) if self._wears else None
         self.apply(Checkin(client.id, lease, self._worn(worker)))
 
@@ -361,6 +371,7 @@ class Manager:
 
     def _on_destroy(self, client: Client, body: bytes) -> None:
         lease, reason = frames.read_lease(body)
+        self._obituaries.pop((client.member, lease), None)
         self.apply(Destroy(client.id, lease, reason or "its holder had it destroyed"))
 
     def _on_open(self, client: Client, body: bytes) -> None:
@@ -532,7 +543,8 @@ class Manager:
             self._losses.died(record, obituary)
         if record is not None and record.lease is not None and record.client is not None:
             holder = self._door.clients.get(record.client)
-            if holder is not None:
+            asked = self._asking.get(worker, ())
+            if holder is not None and all(each.member != holder.member for each, _ in asked):
                 self._obituaries[holder.member, record.lease] = obituary
                 if len(self._obituaries) > MAX_OBITUARIES:
                     self._obituaries.popitem(last=False)
