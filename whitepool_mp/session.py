@@ -297,7 +297,7 @@ class Session:
                 else:
                     hold.abandon("ended by an interrupt", "its call was interrupted")
                 raise
-            if hold.keep and not hold.is_worn():
+            if hold.keep and not hold.is_due():
                 member.kept.append(hold)
             else:
                 hold.release(member)

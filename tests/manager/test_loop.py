@@ -380,6 +380,27 @@ def test_a_recalled_lease_under_which_nothing_is_left_to_do_is_free_at_once(
     assert (counters["recalled"], counters["late_events"]) == (1, 0)
 
 
+def test_a_kept_lease_is_not_taken_back_before_its_first_call(make: Callable[..., Bench]) -> None:
+    bench = make(pool_size=1).start()
+    bench.ready()
+    keeper, waiter, third = bench.join(), bench.join(), bench.join()
+    keeper.say(frames.checkout(1, True, None, "here:1", keep=True))
+    (kept,) = keeper.grants()
+    page = bench.crew.hands[kept.worker].page
+    page.order_me()
+    waiter.say(frames.checkout(1, True, None, "here:1", keep=True))
+    third.checkout(1)
+    assert bench.crew.recalled == [] and not page.is_recalled(kept.lease)
+    assert page.due(kept.lease)
+    assert waiter.receive() == third.receive() == []
+    page.words[pages.BEGUN] = pages.token(kept.lease, 1)
+    keeper.say(frames.checkin(kept.lease))
+    (grant,) = waiter.grants()
+    assert not grant.keep and not page.due(grant.lease)
+    waiter.say(frames.checkin(grant.lease))
+    assert third.grants()
+
+
 def test_a_worker_that_released_a_lease_has_it_on_its_page(make: Callable[..., Bench]) -> None:
     bench = make(pool_size=1).start()
     bench.ready()

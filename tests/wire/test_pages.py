@@ -465,6 +465,58 @@ def test_a_lease_under_which_a_call_is_just_beginning_is_not_free(
     assert began == [False]
 
 
+# --- before the first call --------------------------------------------------------------------
+
+
+def test_a_lease_without_a_call_is_given_back_after_its_first_one(
+    worker: Worker, holder: Page
+) -> None:
+    assert not holder.used(LEASE)
+    assert holder.once(LEASE)
+    assert holder.due(LEASE)
+    assert not holder.due(LEASE + 1)
+    assert worker.begin(1)
+    assert holder.used(LEASE)
+    assert holder.used(LEASE - 1)
+    assert not holder.used(LEASE + 1)
+
+
+def test_a_lease_with_a_call_is_not_given_back_by_its_holder(worker: Worker, holder: Page) -> None:
+    assert worker.begin(1)
+    worker.end()
+    assert not holder.once(LEASE)
+    assert not holder.due(LEASE)
+
+
+def test_a_lease_that_was_taken_back_is_not_given_back_by_its_holder(holder: Page) -> None:
+    holder.recall(LEASE)
+    assert not holder.once(LEASE)
+    assert not holder.due(LEASE)
+
+
+def test_a_first_call_that_begins_just_then_is_seen(
+    worker: Worker, holder: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder may have looked by then, and keep the lease: so it is taken back."""
+
+    def between() -> bool:
+        assert worker.begin(1)
+        return True
+
+    monkeypatch.setattr(pages.barrier, "issue", between)
+    assert not holder.once(LEASE)
+
+
+def test_no_lease_is_given_back_by_its_holder_where_the_kernel_cannot_order(
+    sheet: Sheet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = sheet.view()
+    assert not page.once(LEASE)
+    page.order_me()
+    monkeypatch.setattr(pages.barrier, "issue", lambda: False)
+    assert not page.once(LEASE)
+
+
 def test_who_hears_late_of_a_recall_does_not_undo_another(worker: Worker, holder: Page) -> None:
     """Of a lease that was given back meanwhile; the next one was taken back by the page alone."""
     assert holder.recall(LEASE + 1) is None

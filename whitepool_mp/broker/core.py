@@ -50,7 +50,10 @@ The rules
 9.  A checkout may ask to keep its lease from call to call. It may if nobody waits for whom the
     lease may be recalled, the pool is not draining, and alive <= pool_size. A kept lease counts as
     leased, and its holder may check it in at any time.
-10. A lease is coming from its Recall until it ends or is found to be Busy. While waiting > coming,
+10. A lease is coming from its Recall until it ends or is found to be Busy: a call runs under it, or
+    none has begun yet. A lease that was granted is not revoked before its first call: its holder is
+    told to give it back after that. (Who asked again would have the next one's revoked before its
+    first call, and so on: hundreds of grants for each call of a burst.) While waiting > coming,
     kept leases are recalled, oldest first; workers about to retire because alive > limit are not
     counted as coming. None of a client's is recalled for its own waiters that `spare_own`. If only
     such waiters of one client wait, the oldest lease of another client is recalled, which need not

@@ -70,7 +70,9 @@ class Grant(Record):
 class Recall(Record):
     """Have this worker release this kept lease as soon as it is not in the middle of a call.
 
-    It is said once of a lease. `Released` answers it, after a `Busy` if a call is running.
+    It is said once of a lease. `Released` answers it, after a `Busy` if a call is running. If no
+    call has begun under the lease the answer is `Busy`, and its holder checks it in after the first
+    one: it is not to be revoked before that.
 
     Args:
         worker: the worker.

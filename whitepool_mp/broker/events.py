@@ -172,7 +172,8 @@ class ClientGone(Record):
 
 
 class Busy(Record):
-    """A worker was in the middle of a call when its lease was recalled: it releases it after."""
+    """A worker was in the middle of a call when its lease was recalled, and releases it after that.
+    Or no call has begun under the lease: its holder gives it back after the first one."""
 
     worker: int
     lease: int

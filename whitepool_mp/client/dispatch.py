@@ -124,6 +124,8 @@ class Dispatcher(Endings):
             if task is not None:
                 del self.free[lease]
                 self._assign(lease, task)
+                if lease.keep:
+                    self._unkept.pop(lease, None)
 
     def _next(self) -> Task | None:
         """The next task that somebody wants, if that is the next one."""
@@ -139,7 +141,7 @@ class Dispatcher(Endings):
             or not channel.page.ordered
             or channel.blocked
             or channel.page.is_recalled(lease.id)
-            or channel.page.worn
+            or channel.page.due(lease.id)
         ):
             self._roomy.pop(lease, None)
             return
@@ -226,9 +228,7 @@ class Dispatcher(Endings):
             lease = EngineLease(grant, manual=False)
             self.superseded(lease.worker)
             self._leases[lease.worker] = lease
-            self.free[lease] = None
-            if not lease.keep:
-                self._unkept[lease] = None
+            self.free[lease] = self._unkept[lease] = None
             return
         if refused is None:
             return  # the manager is gone, and `break_all` ends the jobs

@@ -58,7 +58,7 @@ class Flights:
         self.passing: dict[EngineLease, None] = {}
         self.kept = self.free, self.passing
         self._roomy: dict[EngineLease, None] = {}  # busy, and might take more
-        self._unkept: dict[EngineLease, None] = {}  # those that may not be kept
+        self._unkept: dict[EngineLease, None] = {}  # not to be kept, or without a job so far
         self._long: dict[EngineLease, None] = {}  # with work for longer than a turn, perhaps
         self._stacked: dict[EngineLease, None] = {}  # with calls behind the first one, perhaps
         self._unpushed: dict[EngineChannel, None] = {}
@@ -146,8 +146,13 @@ class Flights:
             return
         self.passing.pop(lease, None)
         used_up = channel is not None and channel.number >= LAST_NUMBER
-        worn = channel is not None and (lease.left <= 0 or channel.page.worn)
-        if lease.keep and not (used_up or worn or self.draining):
+        due = (
+            channel is None
+            or lease.left <= 0
+            or channel.page.due(lease.id)
+            or not channel.page.used(lease.id)
+        )
+        if lease.keep and not (used_up or due or self.draining):
             self.free[lease] = None
         else:
             self._check_in(lease)

@@ -149,10 +149,13 @@ class Hold:
         channel = self.channel
         return channel is not None and channel.page.words[pages.RECALLED] >= self.id
 
-    def is_worn(self) -> bool:
-        """Whether the worker has served for long enough, after a call."""
+    def is_due(self) -> bool:
+        """Whether the worker is to be given back after a call, and not to be kept."""
         channel = self.channel
-        return channel is not None and channel.page.words[pages.WORN] != 0
+        if channel is None:
+            return False
+        words = channel.page.words
+        return words[pages.WORN] != 0 or words[pages.ONCE] == self.id
 
     def recalled(self) -> Channel | None:
         """The pool has taken the worker back; the channel is of use to the next lease."""

@@ -261,8 +261,8 @@ class Manager:
 
     def _recall(self, worker: int, lease: int, patient: bool) -> None:
         hand = self._crew.hand(worker)
-        if self._broker.draining and not patient and hand is not None and hand.page.once(lease):
-            # It was granted to a `run` that had waited, and is given back after that.
+        if not patient and hand is not None and hand.page.once(lease):
+            # Its holder has made no call yet, and gives it back after the first one.
             self.apply(Busy(worker, lease))
             return
         busy = self._crew.recall(worker, lease, patient)

@@ -79,6 +79,9 @@ MAX_CALLS = 21
 """after how many calls it has, 0 for never, ..."""
 MAX_RSS = 22
 """... and from how many bytes of resident memory. The manager writes both before the first call."""
+ONCE = 23
+"""The kept lease that its holder is to give back after what it has sent first: somebody waited for
+it before its first call had begun."""
 SLOTS = 240
 """How many channels have a place of their own. (The next one shares that of the first, which only a
 client with a lease that ended so long ago could mistake for its own.)"""
@@ -196,13 +199,33 @@ class Page:
         return self.busy()
 
     def once(self, lease: int) -> bool:
-        """Have who was granted a lease and has made no call yet give it back after the first one,
-        as if the worker were worn; whether no call under it had begun."""
+        """Have the holder of a kept lease give it back after its first call, if that has not begun.
+
+        A lease that is granted is good for one call: who asks for it again because it was taken
+        back before that would have the next one's taken back, and so on. The holder reads ONCE
+        after the answer to its first call, and so after that call's BEGUN. The worker's writes are
+        ordered with this one, so if no call is seen to have begun the holder will see ONCE.
+
+        Returns:
+            Whether no call had begun. False where the kernel cannot put it in order, and for a
+            lease that has been taken back; then `recall` is what is left.
+        """
         words = self.words
-        if words[BEGUN] >> NUMBER_BITS == lease:
+        if words[BEGUN] >> NUMBER_BITS == lease or words[RECALLED] >= lease or not self.ordered:
             return False
-        words[WORN] = 1
+        words[ONCE] = lease
         return self._order() and words[BEGUN] >> NUMBER_BITS != lease
+
+    def due(self, lease: int) -> bool:
+        """Whether the holder of a kept lease is to give it back when nothing runs under it: the
+        worker is worn, or somebody waits for it (`once`)."""
+        words = self.words
+        return bool(words[WORN] or words[ONCE] == lease)
+
+    def used(self, lease: int) -> bool:
+        """Whether a call under this lease, or a later one, has begun. Before that the lease is not
+        taken back, so who has no call to make gives it back."""
+        return self.words[BEGUN] >> NUMBER_BITS >= lease
 
     def take_back(self, lease: int, after: int, to: int) -> int | None:
         """Take back the calls of a lease numbered `after` + 1 to `to`; those before that have been
