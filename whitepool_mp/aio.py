@@ -19,11 +19,11 @@ from whitepool_mp.aio_lease import AsyncLease
 from whitepool_mp.client.engine_lease import EngineLease
 from whitepool_mp.client.looped import FutureSink, Looped, resolve
 from whitepool_mp.client.member import Member, refusal
+from whitepool_mp.client.run_queue import too_long
 from whitepool_mp.client.shutdown import complain
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import (
-    CallTimeout,
     CheckoutTimeout,
     ManagerDied,
     PoolClosed,
@@ -212,7 +212,8 @@ class AsyncSession:
         sink = FutureSink(future, name, self.name)
         task = Task(name, sink, flags, None, data, buffers, site=caller_site())
         driver.engine.submit(task)
-        driver.settle()
+        if driver.engine.jobs.hungry:  # else the next answer is soon enough, for many at once
+            driver.settle()
         return await self._await_task(driver, task, future, seconds)
 
     async def _await_task(
@@ -232,11 +233,8 @@ class AsyncSession:
                     f"{seconds:g} s"
                 )
             else:
-                error = CallTimeout(
-                    f"{task.name} took longer than {seconds:g} s in worker {task.runner.slot} of "
-                    f"pool {self.name!r} (pid {task.runner.pid}); the worker was killed and is "
-                    "being replaced"
-                )
+                assert seconds is not None
+                error = too_long(task, self.name, seconds)
             future.set_exception(error)
 
         timer = None if seconds is None else driver.loop.call_later(seconds, too_late)

@@ -16,6 +16,7 @@ from whitepool_mp.client.hold import Hold
 from whitepool_mp.client.joining import LinkBroken, TimedOut
 from whitepool_mp.client.link import ChannelBroken, Link
 from whitepool_mp.client.member import Member, Ticket, refusal
+from whitepool_mp.client.run_queue import asking, run_queued, to_join
 from whitepool_mp.client.shutdown import drain, terminate
 from whitepool_mp.client.tasks import MAX_DEATHS
 from whitepool_mp.config import check_count, check_timeout
@@ -258,7 +259,7 @@ class Session:
         seconds = check_timeout("timeout", timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
         flags = self._flags(with_resource) if with_resource else 0
-        data, buffers, _ = payload.dump_job(fn, args, kwargs)
+        data, buffers, _ = job = payload.dump_job(fn, args, kwargs)
         member = self._member
         deaths = 0
         while True:
@@ -270,8 +271,14 @@ class Session:
                     member.return_channel(hold.worker, hold.recalled())
                     continue
             except IndexError:
+                queue = to_join(member)
+                if queue is not None:
+                    site = caller_site()
+                    queued: T = run_queued(queue, member, job, flags, seconds, deadline, site)
+                    return queued
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                hold, found = self._checkout(left, keep=True), False
+                with asking(member):
+                    hold, found = self._checkout(left, keep=True), False
             try:
                 message = hold.exchange(member, messages.CALL, flags, data, buffers, deadline)
                 if message.kind == messages.ERROR and message.flags == messages.FENCED:

@@ -47,22 +47,30 @@ class Dispatcher(Endings):
 
     Args:
         engine: what sends, and asks the manager.
+        in_turn: whether each job waits for its turn among all who ask the manager: there is a
+            ticket for each that is queued, and a lease that may not be kept serves one.
 
     Attributes:
         hungry: whether another job could be sent, or a worker asked for, at once; if not, the next
             answer is soon enough to look at it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, in_turn: bool = False) -> None:
         super().__init__(engine)
         self.hungry = True
-        self._tickets: set[int] = set()
+        self._in_turn = in_turn
+        self._tickets: dict[int, None] = {}  # oldest first
         self._refused: WhitepoolError | None = None  # the pool takes no more checkouts
 
     @property
     def idle(self) -> bool:
         """Whether no job is queued or running."""
         return not self._pending and not self.running
+
+    @property
+    def waiting(self) -> bool:
+        """Whether jobs wait for a worker, or behind others; for any thread to look at."""
+        return bool(self._pending or self._stacked)
 
     # --- from pending to the workers ------------------------------------------------------
 
@@ -92,16 +100,18 @@ class Dispatcher(Endings):
         if pending:
             self._ask()
         else:
-            self._cancel_tickets()
+            self._cancel_tickets(0)
             if self.free and self._stacked:
                 self._share_out()
             for lease in list(self.free if self.draining else self._unkept):
                 if lease in self.free:
                     self._check_in(lease)
+        # In turn each has its ticket at once, unless every worker is here, and for a moment only.
+        tickets = 0 if self._in_turn else len(self._tickets)
         self.hungry = (
             bool(self.free)
-            or len(self._leases) + len(self._tickets) < self._engine.capacity()
-            or (bool(self._long) and not self._tickets)
+            or len(self._leases) + tickets < self._engine.capacity()
+            or (bool(self._long) and not tickets)
         )
         if self._unpushed:
             pushed = list(self._unpushed)
@@ -142,6 +152,7 @@ class Dispatcher(Endings):
             or channel.blocked
             or channel.page.is_recalled(lease.id)
             or channel.page.due(lease.id)
+            or (self._in_turn and not lease.keep)
         ):
             self._roomy.pop(lease, None)
             return
@@ -206,6 +217,16 @@ class Dispatcher(Endings):
                 self.lose(pending.popleft(), self._refused)
             return
         useful = len(pending)
+        if self._in_turn:
+            if self._unwanted:
+                self._drop_unwanted()
+                pending = self._pending
+                useful = len(pending)
+            self._cancel_tickets(useful)
+            for nth in range(len(self._tickets), useful):
+                site = pending[nth].site
+                self._tickets[self._engine.ask_for_worker(site, self._heard)] = None
+            return
         known = self._durations.seconds.get(pending[0].known_as)
         if known is not None and useful > 1:
             # Not for what is done before another worker is there.
@@ -213,17 +234,18 @@ class Dispatcher(Endings):
         # One ticket at least while jobs wait: by it the pool knows of them, also when it drains.
         room = max(self._engine.capacity() - held, 1)
         for _ in range(min(useful, len(pending), room) - len(self._tickets)):
-            self._tickets.add(self._engine.ask_for_worker(pending[0].site, self._heard))
+            self._tickets[self._engine.ask_for_worker(pending[0].site, self._heard)] = None
 
-    def _cancel_tickets(self) -> None:
-        while self._tickets:
-            self._engine.cancel_checkout(self._tickets.pop(), None)
+    def _cancel_tickets(self, needed: int) -> None:
+        """Give up all but the oldest tickets."""
+        while len(self._tickets) > needed:
+            self._engine.cancel_checkout(self._tickets.popitem()[0], None)
 
     def _heard(
         self, ticket: int, grant: frames.Grant | None, refused: frames.Refused | None
     ) -> None:
         """The manager answered a request for a worker."""
-        self._tickets.discard(ticket)
+        self._tickets.pop(ticket, None)
         if grant is not None:
             lease = EngineLease(grant, manual=False)
             self.superseded(lease.worker)

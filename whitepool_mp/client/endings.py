@@ -179,17 +179,22 @@ class Endings(Flights):
         if lease is None:
             self._unwanted += 1
             if self._unwanted * 2 > len(self._pending):
-                self._unwanted = 0
-                self._pending = deque(task for task in self._pending if not task.cancelled)
+                self._drop_unwanted()
             return
         if task in lease.tasks and not lease.manual:
             self._take_back(lease)
             if lease.channel is not None:
                 self._engine.hear_all(lease.channel)
+        self._unwanted += task.runner is None  # it is queued again
         if lease.tasks and lease.tasks[0] is task:
             tasks = self._withdraw(lease)
             self.destroy(lease, "its call was cancelled")
             self._requeue(tasks[1:])
+
+    def _drop_unwanted(self) -> None:
+        """Take what was cancelled off the queue."""
+        self._unwanted = 0
+        self._pending = deque(task for task in self._pending if not task.cancelled)
 
     def recant(self, task: Task, recanted: Callable[[], None]) -> None:
         """Nobody wants a task of one call any more, unless it has begun.

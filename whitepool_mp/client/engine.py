@@ -55,10 +55,16 @@ class Engine(Channels):
     Args:
         address, key, token: how to join.
         member: the membership, for its errors; weak, so that an idle engine keeps no pool alive.
+        in_turn: as for its dispatcher.
     """
 
     def __init__(
-        self, address: Address, key: bytes, token: bytes, member: weakref.ref[Member]
+        self,
+        address: Address,
+        key: bytes,
+        token: bytes,
+        member: weakref.ref[Member],
+        in_turn: bool = False,
     ) -> None:
         self._member = member
         self._sock = dial(address)  # before the epoll: if it fails nothing has been opened
@@ -74,9 +80,9 @@ class Engine(Channels):
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.RLock()  # a collected lease posts from anywhere
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._epoll.register(self._sock.fileno(), IN)
-        self._epoll.register(self._wake, IN)
-        self.jobs = Dispatcher(self)
+        self._epoll.register(self._sock.fileno(), select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self.jobs = Dispatcher(self, in_turn)
         self._inbox: deque[Task] = deque()
         self._mark = _no_mark()  # whether there may be jobs: soon one that the manager sees
         self._marks = [self._mark]  # the same, for whoever cleans up

@@ -3,7 +3,8 @@
     Session, Lease, ... --> Member --has--> a Link for each thread that asks the manager (`Links`)
                                    --has--> a Channel for each worker met
                                    --has--> a Hold of each worker kept between calls of `run`
-                                   --may have--> an Engine (submit, map) and, in the owner, an Owner
+                                   --may have--> an Engine (submit, map), one more (runs that
+                                                 queue: `run_queue`) and, in the owner, an Owner
 
 A channel belongs to the process, not to a thread: a lease is exclusive, so whoever holds it has the
 worker's channel to themselves, and 500 threads need no 500 channels to every worker.
@@ -109,7 +110,9 @@ class Member:
         self._links = Links(self._connect)
         self._channels: dict[int, Channel] = {}  # those that no lease uses, by worker
         self._opened: weakref.WeakSet[Channel] = weakref.WeakSet()
-        self._threaded: Threaded | None = None
+        self._engines: dict[str, Threaded] = {}
+        # The threads that ask for a worker to keep (`run_queue`).
+        self.asking: set[int] = set()
         self.ending: threading.Thread | None = None  # shuts the pool down, for a callback of a job
         # Whoever runs a job takes the one used last, or asks the manager; both ends are atomic.
         self.kept: list[Hold] = []
@@ -312,28 +315,34 @@ class Member:
 
     # --- the engine -----------------------------------------------------------------------
 
-    def threaded(self) -> Threaded:
-        """The engine behind `submit` and `map`, started when it is first wanted.
+    def threaded(self, what: str = "jobs") -> Threaded:
+        """The engine behind `submit` and `map`, or behind "runs"; started when it is first wanted.
 
         Raises:
             PoolClosed: the pool was shut down, or is being shut down here.
             ManagerDied: its manager is gone.
         """
-        running = self._threaded
+        running = self._engines.get(what)
         if running is not None and not (running.stopped or self.closed or self.draining):
             return running
         with self._lock:
             if self.closed or self.draining:
                 raise self.closing()
-            if self._threaded is None or self._threaded.stopped:
+            running = self._engines.get(what)
+            if running is None or running.stopped:
                 from whitepool_mp.client.threaded import Threaded
 
-                self._threaded = Threaded(*self.joining(), weakref.ref(self))
-            return self._threaded
+                running = Threaded(*self.joining(), weakref.ref(self), what)
+                self._engines[what] = running
+            return running
 
-    def running_engine(self) -> Threaded | None:
+    def running_engine(self, what: str = "jobs") -> Threaded | None:
         """The engine, if there is one."""
-        return self._threaded
+        return self._engines.get(what)
+
+    def running_engines(self) -> list[Threaded]:
+        """All of them."""
+        return list(self._engines.values())
 
     # --- the end --------------------------------------------------------------------------
 
@@ -345,8 +354,8 @@ class Member:
             if self.owner is not None:
                 self.owner.end()  # the first time, its end may have been interrupted
             return
-        if self._threaded is not None:
-            self._threaded.stop()
+        for engine in self.running_engines():
+            engine.stop()
         if self.owner is not None:
             self._end.detach()
             self.owner.end()
@@ -362,8 +371,8 @@ class Member:
         self._links.forked()
         for channel in list(self._opened):
             channel.close()
-        if self._threaded is not None:
-            self._threaded.forked()
+        for engine in self._engines.values():
+            engine.forked()
         if self.owner is not None:
             self._end.detach()
             self.owner.forked()
@@ -432,8 +441,7 @@ def _at_exit() -> None:
             member.close()
         else:  # what is kept is given back, not left to be found with a dead holder
             member.kept.clear()
-            engine = member.running_engine()
-            if engine is not None:
+            for engine in list(member._engines.values()):
                 engine.stop()
     engines = sys.modules.get("whitepool_mp.client.engine")
     if engines is not None:

@@ -56,12 +56,12 @@ def drain(member: Member, seconds: float | None, tell: bool = True) -> None:
 
 
 def _see_off(member: Member) -> None:
-    """The pool has ended: wait for the threads that saw to it, if others began that. (In the
+    """The pool has ended: wait for the threads that saw to it, if others began that. (In an
     engine's thread nothing is waited for: the others may wait for it.)"""
-    engine = member.running_engine()
-    if not member.closed or (engine is not None and engine.inside()):
+    engines = member.running_engines()
+    if not member.closed or any(engine.inside() for engine in engines):
         return
-    if engine is not None:
+    for engine in engines:
         engine.join()  # first: it may be about to begin the other one
     ending = member.ending
     if ending is threading.current_thread():

@@ -1,4 +1,5 @@
-"""The threaded driver of an engine: what `submit` and `map` run on outside an event loop."""
+"""The threaded driver of an engine: what `submit`, `map` and `run`s that queue run on outside an
+event loop."""
 
 from __future__ import annotations
 
@@ -22,20 +23,30 @@ def _look() -> None:
 
 
 class Threaded:
-    """An engine with a daemon thread that drives it."""
+    """An engine with a daemon thread that drives it.
+
+    Args:
+        address, key, token, member: as for the engine.
+        what: what it is for, as its thread's name says.
+    """
 
     def __init__(
-        self, address: Address, key: bytes, token: bytes, member: weakref.ref[Member]
+        self,
+        address: Address,
+        key: bytes,
+        token: bytes,
+        member: weakref.ref[Member],
+        what: str = "jobs",
     ) -> None:
         try:
-            self.engine = Engine(address, key, token, member)
+            self.engine = Engine(address, key, token, member, in_turn=what == "runs")
         except LinkBroken:
             present = member()
             raise (present.gone() if present else PoolClosed("the pool was shut down")) from None
         self.stopped = False
         self._idle = threading.Condition()
         self._waiters = 0
-        self._thread = threading.Thread(target=self._drive, name="whitepool-engine", daemon=True)
+        self._thread = threading.Thread(target=self._drive, name=f"whitepool-{what}", daemon=True)
         self._thread.start()
         owner = member()
         if owner is not None:
