@@ -12,6 +12,7 @@ SPAWN = "ProcessPoolExecutor (spawn)"
 FORK = "ProcessPoolExecutor (fork)"
 INTERPRETERS = "InterpreterPoolExecutor"
 RUN = "whitepool_mp run"
+SUBMIT = "whitepool_mp submit"
 LEASE = "whitepool_mp lease.call"
 
 PEERS = {
@@ -33,6 +34,7 @@ BYTES = "Payloads"
 START = "Starting"
 DEATHS = "After a kill"
 CROWD = "In a crowd"
+BURSTS = "Bursts"
 IDLE = "At rest"
 
 

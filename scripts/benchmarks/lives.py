@@ -1,10 +1,23 @@
-"""The rows about the pool itself: starting, after a kill, in a crowd, at rest."""
+"""The rows about the pool itself: starting, after a kill, in a crowd, in a burst, at rest."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from benchmarks.cast import CROWD, DEATHS, IDLE, SPAWN, START, floor, ours, peers
+from benchmarks.cast import (
+    BURSTS,
+    CROWD,
+    DEATHS,
+    FORK,
+    IDLE,
+    RUN,
+    SPAWN,
+    START,
+    SUBMIT,
+    floor,
+    ours,
+    peers,
+)
 from benchmarks.model import Goal, Row
 
 
@@ -155,6 +168,49 @@ def crowd() -> list[Row]:
             params={"count": 20_000},
             quick=False,
             note="The pure state machine with workers that are numbers.",
+        ),
+    ]
+
+
+def bursts() -> list[Row]:
+    """Many who want one call each at the same moment."""
+    others = ("loky", "mp-pool", "billiard", "pebble", "mpire", "ray")
+    ahead = [Goal("ahead", 1, SPAWN), Goal("ahead", 1, FORK)]
+    return [
+        *(
+            Row(
+                f"burst-{count}",
+                15,
+                f"{count:,} threads that each `run` a no-op at once",
+                "ms",
+                "lower",
+                BURSTS,
+                "bursts.threads",
+                [ours(RUN), ours(SUBMIT, params={"way": "submit"}), *peers(*others)],
+                [*ahead, Goal("times", 1.5, SUBMIT)],
+                params={"count": count},
+                limit=60,
+                quick=count <= 400,
+                note="The threads wait at a gate; from its opening to the last answer. `submit` "
+                "and the executors: each thread submits its call and waits for the future.",
+                log=True,
+            )
+            for count in (40, 400, 2000)
+        ),
+        Row(
+            "burst-asyncio",
+            15,
+            "2,000 tasks that each await `run` of a no-op at once",
+            "ms",
+            "lower",
+            BURSTS,
+            "bursts.tasks",
+            [ours(), *peers(*others)],
+            ahead,
+            params={"count": 2000},
+            limit=60,
+            note="Executors by `loop.run_in_executor`.",
+            log=True,
         ),
     ]
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from benchmarks.calls import payloads, rates, sleeps, trips
-from benchmarks.lives import crowd, deaths, rest, starts
+from benchmarks.lives import bursts, crowd, deaths, rest, starts
 from benchmarks.model import Row
 
 
 def rows() -> list[Row]:
     """All of them."""
-    return [*trips(), *rates(), *sleeps(), *payloads(), *starts(), *deaths(), *crowd(), *rest()]
+    return [
+        *trips(),
+        *rates(),
+        *sleeps(),
+        *payloads(),
+        *starts(),
+        *deaths(),
+        *crowd(),
+        *bursts(),
+        *rest(),
+    ]
