@@ -45,6 +45,23 @@ def workers(session: Session, count: int) -> list[psutil.Process]:
     return found
 
 
+def replace_manager(session: Session) -> None:
+    """Kill the manager, and wait until there is another."""
+    owner = session._member.owner
+    assert owner is not None
+    old = owner.manager
+    os.kill(old, signal.SIGKILL)
+    until(lambda: owner.manager != old)
+    session.status()
+
+
+def replace_worker(session: Session) -> None:
+    """Kill the only worker, and wait until another is ready."""
+    (old,) = workers(session, 1)
+    kill(old)
+    until(lambda: workers(session, 1) != [old])
+
+
 def nursery(session: Session) -> psutil.Process:
     """The nursery: the manager's child that is not a worker. Call it when no worker is starting."""
     pids = {row.pid for row in session.workers()}

@@ -16,8 +16,9 @@ PUBLIC = {"aio", "aio_lease", "executor", "jobs", "lease", "pool", "proxy", "ses
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),
+    "cpus": set(),
     "policy": {"records"},
-    "config": {"errors", "policy"},
+    "config": {"errors", "policy", "cpus"},
     "broker": {"broker", "policy", "records"},
     "wire": {"wire", "errors", "records"},
     "worker": {"worker", "wire", "errors", "records"},

@@ -5,7 +5,10 @@ pure broker needs. A `PoolConfig` is valid: it is frozen, and cannot be construc
 options. An option that is wrong fails where the user wrote it, before any
 process exists, with a message that names the option, what was given and what is allowed.
 
-This module does no I/O and imports nothing heavy: loky is imported only to count the CPUs.
+Whatever is kept is of the exact type (`str`, `int`, `float`), also if a subclass was given: it is
+told to other processes as plain data.
+
+This module does no I/O and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from whitepool_mp.cpus import usable_cpus
 from whitepool_mp.policy import MAX_WORKERS, STRATEGIES, Policy, Strategy
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "StartMethod",
     "Strategy",
     "check_timeout",
+    "exact_text",
     "worker_env",
 ]
 
@@ -48,17 +53,8 @@ _SHOWN = 80
 _pool_numbers = itertools.count(1)
 
 
-def usable_cpus() -> int:
-    """The number of CPUs this process may run on, by its affinity mask."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
-
-
 def _default_pool_size() -> int:
-    from loky import cpu_count  # heavy, and it knows about containers' CPU quotas
-
-    return max(1, int(cpu_count()))
+    return min(usable_cpus(), MAX_WORKERS)
 
 
 def _default_name() -> str:
@@ -71,7 +67,7 @@ class PoolConfig:
 
     Args:
         pool_size: workers kept alive, at least 1. Left out: the number of CPUs this process may
-            use, by affinity mask and container quota.
+            use, by affinity mask and by the quotas of its control groups (containers, systemd).
         max_overflow: further workers started when all others are taken.
         factory: runs once in each worker; what it returns is the worker's resource.
         name: how the pool is called in messages, process titles and reports.
@@ -96,7 +92,10 @@ class PoolConfig:
         stop_timeout: seconds a worker may take to stop before it is killed: for its teardown, for
             threads that are no daemons, and for what is registered with `atexit`.
         teardown: called with the resource when a worker stops cleanly. Needs a factory.
-        env: environment variables for the workers, on top of the inherited ones.
+        env: environment variables for the workers, on top of the inherited ones; a value may be a
+            path. What an interpreter, the C library or the loader reads at its start counts, too:
+            the pool's processes are started with them. The entries of a ``PYTHONPATH`` come before
+            those of this process's ``sys.path``.
 
     Raises:
         TypeError: an option is of the wrong type.
@@ -118,16 +117,21 @@ class PoolConfig:
     start_timeout: float = 60.0
     stop_timeout: float = 5.0
     teardown: Callable[[Any], Any] | None = None
-    env: Mapping[str, str] | None = field(default=None, hash=False)
+    env: Mapping[str, str | os.PathLike[str]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        # Frozen, so the checked and private copies are put in place by the back door.
+        put = object.__setattr__
         _check_int("pool_size", self.pool_size, 1, "; a pool of 0 workers makes no sense")
+        put(self, "pool_size", int(self.pool_size))
         _check_int("max_overflow", self.max_overflow, 0, "")
+        put(self, "max_overflow", int(self.max_overflow))
         _check_total(self.pool_size, self.max_overflow)
         _check_callable("factory", self.factory)
-        _check_name(self.name)
-        _check_choice("strategy", self.strategy, STRATEGIES)
-        _check_choice("start_method", self.start_method, get_args(StartMethod))
+        put(self, "name", _check_name(self.name))
+        put(self, "strategy", _check_choice("strategy", self.strategy, STRATEGIES))
+        methods = get_args(StartMethod)
+        put(self, "start_method", _check_choice("start_method", self.start_method, methods))
         _check_callable("teardown", self.teardown)
         if self.teardown is not None and self.factory is None:
             raise _value_error(
@@ -135,12 +139,10 @@ class PoolConfig:
                 self.teardown,
                 "a teardown only together with a factory, whose resource it takes down",
             )
-        # Frozen, so the checked and private copies are put in place by the back door.
-        put = object.__setattr__
         put(self, "preload", _check_preload(self.preload))
         put(self, "overflow_ttl", _check_seconds("overflow_ttl", self.overflow_ttl, zero=True))
-        _check_limit("max_calls", self.max_calls, "calls")
-        _check_limit("max_rss", self.max_rss, "bytes")
+        put(self, "max_calls", _check_limit("max_calls", self.max_calls, "calls"))
+        put(self, "max_rss", _check_limit("max_rss", self.max_rss, "bytes"))
         if self.max_lifetime is not None:
             lifetime = _check_seconds("max_lifetime", self.max_lifetime, zero=False, none=True)
             put(self, "max_lifetime", None if math.isinf(lifetime) else lifetime)
@@ -194,6 +196,14 @@ class PoolConfig:
         )
 
 
+def exact_text(text: str) -> str:
+    """The same text as a `str` and nothing more: other processes are told plain data only.
+
+    (`str(text)` would call a `__str__` of a subclass, and give the name of an enum's member.)
+    """
+    return str.__str__(text)
+
+
 def check_timeout(name: str, value: object) -> float | None:
     """Check a timeout given to a call; return it in seconds, or None for "wait without end".
 
@@ -236,7 +246,9 @@ def worker_env(config: PoolConfig) -> dict[str, str]:
     """
     share = str(max(1, usable_cpus() // config.pool_size))
     result = {name: share for name in THREAD_VARIABLES if name not in os.environ}
-    result.update(config.env or {})
+    for name, value in (config.env or {}).items():
+        assert isinstance(value, str)  # as it was checked
+        result[name] = value
     return result
 
 
@@ -276,14 +288,15 @@ def _check_int(name: str, value: object, least: int, why: str) -> None:
         raise _value_error(name, value, allowed)
 
 
-def _check_limit(name: str, value: object, of: str) -> None:
+def _check_limit(name: str, value: object, of: str) -> int | None:
     allowed = f"None (no limit) or a number of {of}, an int from 1 to 2**62"
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise _type_error(name, value, allowed)
     if not 1 <= value <= 1 << 62:
         raise _value_error(name, value, allowed)
+    return int(value)
 
 
 def _check_total(pool_size: int, max_overflow: int) -> None:
@@ -312,20 +325,23 @@ def _check_callable(name: str, value: object) -> None:
             )
 
 
-def _check_name(value: object) -> None:
+def _check_name(value: object) -> str:
     allowed = f"None or 1 to {_MAX_NAME} printable characters without '/'"
     if not isinstance(value, str):
         raise _type_error("name", value, allowed)
-    if not 1 <= len(value) <= _MAX_NAME or not value.isprintable() or "/" in value:
+    name = exact_text(value)
+    if not 1 <= len(name) <= _MAX_NAME or not name.isprintable() or "/" in name:
         raise _value_error("name", value, allowed)
+    return name
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     allowed = " or ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):
         raise _type_error(name, value, allowed)
-    if value not in choices:
+    if (choice := exact_text(value)) not in choices:
         raise _value_error(name, value, allowed)
+    return choice
 
 
 def _check_preload(value: object) -> tuple[str, ...]:
@@ -334,35 +350,39 @@ def _check_preload(value: object) -> tuple[str, ...]:
         raise _type_error("preload", value, f"{allowed}; use a list, also for one name")
     if isinstance(value, (bytes, bytearray, memoryview)) or not isinstance(value, Sequence):
         raise _type_error("preload", value, allowed)
+    modules = []
     for index, module in enumerate(value):
         where = f"preload[{index}]"
         if not isinstance(module, str):
             raise _type_error(where, module, allowed)
-        if not all(part.isidentifier() for part in module.split(".")):
+        modules.append(exact_text(module))
+        if not all(part.isidentifier() for part in modules[-1].split(".")):
             raise _value_error(where, module, allowed)
-    return tuple(value)
+    return tuple(modules)
 
 
 def _check_env(value: object) -> dict[str, str] | None:
     allowed = (
-        "None or a mapping of str to str, its names not empty and without '=' and NUL, "
-        "its values without NUL"
+        "None or a mapping of str to str (or to paths), its names not empty and without '=' and "
+        "NUL, its values without NUL"
     )
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise _type_error("env", value, allowed)
     result: dict[str, str] = {}
-    for key, text in value.items():
+    for key, given in value.items():
         if not isinstance(key, str):
             raise _type_error("env", key, allowed)
+        text = os.fspath(given) if isinstance(given, os.PathLike) else given
         if not isinstance(text, str):
-            raise _type_error(f"env[{_show(key)}]", text, allowed)
-        if not key or "=" in key or not _encodable(key):
+            raise _type_error(f"env[{_show(key)}]", given, allowed)
+        name, text = exact_text(key), exact_text(text)
+        if not name or "=" in name or not _encodable(name):
             raise _value_error("env", key, allowed)
         if not _encodable(text):
-            raise _value_error(f"env[{_show(key)}]", text, allowed)
-        result[key] = text
+            raise _value_error(f"env[{_show(key)}]", given, allowed)
+        result[name] = text
     return result
 
 

@@ -22,10 +22,11 @@ import threading
 import time
 
 from whitepool_mp.client import folder as folders
-from whitepool_mp.client import kernel
+from whitepool_mp.client import heritage, interpreter, kernel
 from whitepool_mp.client.adopted import Adopted
+from whitepool_mp.client.interpreter import Proof
 from whitepool_mp.client.poller import check as check_waiting
-from whitepool_mp.config import PoolConfig, worker_env
+from whitepool_mp.config import PoolConfig
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import folder as pool_folder
@@ -69,6 +70,8 @@ class Owner:
             factory = payload.dump_function(config.factory, "factory")
         if config.teardown is not None:
             teardown = payload.dump_function(config.teardown, "teardown")
+        command = interpreter.choose()
+        self._environment = heritage.environment(config)
         self.pid = os.getpid()
         self.key = os.urandom(frames.KEY_BYTES)
         self.pool_id = os.urandom(12).hex()
@@ -92,20 +95,20 @@ class Owner:
             policy=tuple(config.policy()),
             start_method=config.start_method,
             preload=tuple(config.preload),
-            env=worker_env(config),
             factory=factory,
             teardown=teardown,
-            sys_path=[_absolute(entry) if entry == "" else entry for entry in sys.path],
-            argv=list(sys.argv),
-            interpreter=_interpreter(),
+            sys_path=heritage.search_path(config),
+            argv=heritage.arguments(),
+            interpreter=command,
+            descriptor_limit=heritage.descriptor_limit(),
+            family=heritage.family(),
         )
         self._open: contextlib.ExitStack | None = None
         self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
         step = f"the manager of pool {config.name!r} could not be started"
         try:
             self._prepare()
-            self._launch()
-            self._listen()
+            self._begin()
             step = f"pool {config.name!r} needs a thread that watches its manager"
             self._thread.start()
         except BaseException as error:
@@ -157,8 +160,21 @@ class Owner:
         if fd >= 0:
             os.close(fd)
 
-    def _launch(self) -> None:
+    def _begin(self) -> None:
+        """Start the first manager, and wait until it is known to be one."""
+        proof = Proof()
+        try:
+            self._launch(proof.fd)
+            self._listen()
+            proof.wait(self._pidfd, self._boot.interpreter)
+        finally:
+            proof.close()
+
+    def _launch(self, proof: int = -1) -> None:
         """Start a manager.
+
+        Args:
+            proof: the descriptor that it has to prove itself by, if it is the first.
 
         Raises:
             OSError: that is not possible now.
@@ -183,11 +199,15 @@ class Owner:
                 *given,
                 # Workers that are forked are what the manager was when it started.
                 site=self._boot.start_method != "loky",
+                proof=proof,
             )
+            environment = {**self._environment, boots.MARKER: self.pool_id}
+            if proof >= 0:
+                environment[boots.STARTING] = self.pool_id
             process = subprocess.Popen(
                 command,
-                pass_fds=(fd, *given),
-                env={**os.environ, boots.MARKER: self.pool_id},
+                pass_fds=(fd, *given, *([proof] if proof >= 0 else [])),
+                env=environment,
             )
             process.returncode = 0  # it is ours to wait for from here on
             self.manager = process.pid
@@ -380,18 +400,3 @@ def _warm_up() -> None:
         import traceback  # noqa: F401
 
         import whitepool_mp.client.threaded  # noqa: F401
-
-
-def _absolute(entry: str) -> str:
-    """An entry of `sys.path` that is relative; as it is if the working directory is gone, where
-    there is nothing to import either."""
-    try:
-        return os.path.abspath(entry)
-    except FileNotFoundError:
-        return entry
-
-
-def _interpreter() -> list[str]:
-    """How to start an interpreter with the flags of this one."""
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags]

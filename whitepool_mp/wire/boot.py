@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import marshal
 import os
+import sys
 
 TYPE_CHECKING = False  # `typing` is half of what a manager would import before its first fork
 if TYPE_CHECKING:
     from typing import Any
+
+    Family = tuple[bytes, str, str | None, int, bool]
+    """What `multiprocessing` has from the owner: the key, the owner's name, the start method if one
+    was set, the level of its logger, and whether that goes to standard error."""
+else:
+    Family = tuple
 
 
 class Boot:
@@ -29,11 +36,12 @@ class Boot:
         policy: tuple[Any, ...],
         start_method: str,
         preload: tuple[str, ...],
-        env: dict[str, str],
         factory: bytes | None,
         teardown: bytes | None,
         argv: list[str],
         interpreter: list[str],
+        descriptor_limit: int,
+        family: Family,
     ) -> None:
         self.sys_path = sys_path
         self.pool_id = pool_id
@@ -44,11 +52,12 @@ class Boot:
         self.policy = policy
         self.start_method = start_method
         self.preload = preload
-        self.env = env
         self.factory = factory
         self.teardown = teardown
         self.argv = argv
         self.interpreter = interpreter
+        self.descriptor_limit = descriptor_limit
+        self.family = family
 
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -56,6 +65,9 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 MARKER = "WHITEPOOL_POOL"
 """Environment variable that every process of a pool, and what those start, is born with."""
+
+STARTING = "WHITEPOOL_STARTING"
+"""Environment variable of what is started as a first manager, until that has proven to be one."""
 
 
 def write(boot: Boot) -> int:
@@ -76,7 +88,12 @@ def read(fd: int) -> Boot:
 
 
 def command(
-    interpreter: list[str], fd: int, module: str, *numbers: int, site: bool = True
+    interpreter: list[str],
+    fd: int,
+    module: str,
+    *numbers: int,
+    site: bool = True,
+    proof: int = -1,
 ) -> list[str]:
     """The command line of a fresh interpreter that runs `module`'s `main(fd, *numbers)`.
 
@@ -91,13 +108,23 @@ def command(
         numbers: what else to call it with.
         site: whether it does what `site` does, which takes a quarter of its start: `.pth` files and
             `sitecustomize` are run. Whatever is to run the user's code has to.
+        proof: a descriptor to write a byte to first of all, or -1.
     """
     flags = [] if site else ["-S"]
     # Without `site` there are no import hooks of an editable installation to find this package by.
     more = "" if site else f"sys.path.append({_ROOT!a})\n"
     args = ", ".join(str(number) for number in (fd, *numbers))
+    version = sys.version.split()[0]
+    prove = (
+        f"os.environ.pop({STARTING!r}, None); os.write({proof}, b'!'); os.close({proof})\n"
+        if proof >= 0
+        else ""
+    )
     code = (
-        "import gc, marshal, os, sys; gc.disable(); "
+        "import gc, marshal, os, sys; gc.disable()\n"
+        f"if sys.hexversion >> 16 != {sys.hexversion >> 16}:"
+        f" sys.exit('whitepool_mp: ' + sys.executable + ' is no Python {version}')\n"
+        f"{prove}"
         f"n = os.fstat({fd}).st_size; d = b''\n"
         f"while len(d) < n: d += os.pread({fd}, min(n - len(d), 1 << 30), len(d))\n"
         f"sys.path[:] = marshal.loads(d)[0]; del d\n{more}"

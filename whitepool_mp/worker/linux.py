@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import select
 
 from whitepool_mp.wire import libc
@@ -83,6 +84,15 @@ def be_killed_first() -> None:
         pass
     finally:
         os.close(fd)
+
+
+def limit_descriptors(soft: int) -> None:
+    """Set this process's soft limit of open files, or the hard one if that is lower."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if hard != unlimited and (soft == unlimited or soft > hard):
+        soft = hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -19,14 +19,13 @@ import faulthandler
 import functools
 import gc
 import os
-import resource as limits
 import sys
 from _thread import get_ident
 
 from whitepool_mp.wire import frames, pages, payload, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
-from whitepool_mp.worker import context, linux
+from whitepool_mp.worker import context, family, linux
 from whitepool_mp.worker.calls import told
 from whitepool_mp.worker.serve import Server, flush_output
 
@@ -124,9 +123,10 @@ def _live(
         # of an orphaned group is taken to be gone. (A session has no terminal unless its leader
         # opens one that is nobody's, without O_NOCTTY; the owner's is the owner's.)
         os.setsid()
-        _lifeline = linux.die_with(lifeline)
+        armed = linux.die_with(lifeline)
         linux.be_killed_first()
         _prepare(boot, slot, page_fd)
+        family.introduce(f"whitepool worker {boot.name}-{slot}", boot, armed)
         end = _serve(boot, control_fd, page_fd, stacks_fd)
         if isinstance(end, int):
             code = end
@@ -191,9 +191,7 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signals.spare_no_fork()
     signals.restore()
-    # The manager raised its limit of descriptors; programs that use select() want the usual one.
-    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
-    limits.setrlimit(limits.RLIMIT_NOFILE, (min(soft, boot_soft_limit(hard)), hard))
+    linux.limit_descriptors(boot.descriptor_limit)  # the manager had raised its own
     sys.argv[:] = boot.argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -203,11 +201,6 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     if "numpy.random" in sys.modules:  # forked copies would all draw the same numbers
         sys.modules["numpy.random"].seed()
     context._set(context.WorkerContext(slot, os.getpid(), boot.name))
-
-
-def boot_soft_limit(hard: int) -> int:
-    """The soft limit of descriptors that a worker gets: the usual 1024, or less if it must be."""
-    return 1024 if hard == limits.RLIM_INFINITY else min(1024, hard)
 
 
 def _serve(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int | Callable[[], object]:

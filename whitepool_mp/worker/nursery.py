@@ -33,7 +33,7 @@ from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.wire.escrow import NURSERY, Escrow
 from whitepool_mp.wire.kit import MOST, Kit, unpack
-from whitepool_mp.worker import linux
+from whitepool_mp.worker import family, linux
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -195,7 +195,6 @@ class _Nursery:
         self._usual = False
 
     def run(self) -> None:
-        os.environ.update(self._boot.env)
         if self._boot.start_method == "loky":
             _lokys_fork_exec()
             self._boot_fd = boots.write(self._boot)
@@ -238,6 +237,7 @@ class _Nursery:
         # While user code runs here, the kernel ends this process with the owner.
         spare = os.dup(self._lifeline)
         armed = linux.die_with(spare)
+        family.introduce(f"whitepool fork server {self._boot.name}", self._boot, armed)
         sys.argv[:] = self._boot.argv
         problem = preload.load(self._boot.preload)
         if problem:
@@ -336,7 +336,7 @@ def _exec(boot: Boot, boot_fd: int, slot: int, fds: list[int], lifeline: int) ->
     """Start a fresh interpreter that is a worker; its pid."""
     numbers = slot, *unpack(fds), lifeline
     command = boots.command(boot.interpreter, boot_fd, "whitepool_mp.worker.main", *numbers)
-    pid: int = _lokys_fork_exec()(command, (boot_fd, *fds, lifeline), boot.env)
+    pid: int = _lokys_fork_exec()(command, (boot_fd, *fds, lifeline))
     return pid
 
 
