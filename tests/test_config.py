@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
+import marshal
 import math
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,6 +156,45 @@ def test_accepts(option: str, value: Any, kept: Any) -> None:
     [CallableInstance(), functools.partial(dict, a=1), lambda: 1],
     ids=["instance", "partial", "lambda"],
 )
+class Word(str, enum.Enum):
+    """Texts that are members of an enum, as before there was `StrEnum`."""
+
+    NAME = "db"
+    STRATEGY = "fifo"
+    METHOD = "loky"
+    MODULE = "json"
+
+
+class Number(enum.IntEnum):
+    """The same of numbers."""
+
+    SEVEN = 7
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kept"),
+    [
+        ("pool_size", Number.SEVEN, 7),
+        ("max_overflow", Number.SEVEN, 7),
+        ("max_calls", Number.SEVEN, 7),
+        ("max_rss", Number.SEVEN, 7),
+        ("start_timeout", np.float64(2.5), 2.5),
+        ("name", Word.NAME, "db"),
+        ("strategy", Word.STRATEGY, "fifo"),
+        ("start_method", Word.METHOD, "loky"),
+        ("preload", [Word.MODULE], ("json",)),
+        ("env", {Word.NAME: Word.METHOD}, {"db": "loky"}),
+        ("env", {"A": pathlib.Path("/p")}, {"A": "/p"}),
+    ],
+)
+def test_subclasses_are_kept_as_plain_values(option: str, value: Any, kept: Any) -> None:
+    """They are told to other processes as plain data."""
+    result = getattr(options(**{option: value}), option)
+    assert result == kept
+    assert type(result) is type(kept)
+    assert marshal.loads(marshal.dumps(result)) == kept
+
+
 def test_any_callable_is_a_factory(factory: Callable[[], Any]) -> None:
     assert options(factory=factory, teardown=take_down).factory is factory
 

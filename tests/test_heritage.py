@@ -59,7 +59,7 @@ def of(request: pytest.FixtureRequest, new_pool: NewPool) -> Of:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[SyncManager]:
     """A server of multiprocessing's. It starts with the module's first test that wants it."""
-    with multiprocessing.Manager() as running:
+    with multiprocessing.get_context("spawn").Manager() as running:
         yield running
 
 
