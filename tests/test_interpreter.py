@@ -54,13 +54,11 @@ def test_an_embedded_interpreter_without_a_path_is_refused(
         new_pool(1).run_service()
 
 
-@pytest.mark.parametrize("path", ["/nonexistent/python", "nonexistent-python", "/", "/etc/passwd"])
+@pytest.mark.parametrize("path", ["/nonexistent/python", "nonexistent-python", "/"])
 def test_what_is_no_program_is_refused(new_pool: NewPool, path: str) -> None:
     with (
         executable(path),
-        pytest.raises(
-            WhitepoolError, match=rf"{path!r}.*no program that can be run.*set_executable"
-        ),
+        pytest.raises(WhitepoolError, match=rf"{path!r}.*is no program.*set_executable"),
     ):
         new_pool(1).run_service()
 
@@ -95,10 +93,13 @@ def test_a_program_that_goes_on_is_refused_and_ended(
         new_pool(1).run_service()
 
 
-def test_a_file_that_the_kernel_cannot_run_is_named(new_pool: NewPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o755, 0o644])
+def test_a_file_that_the_kernel_cannot_run_is_named(
+    new_pool: NewPool, tmp_path: Path, mode: int
+) -> None:
     path = tmp_path / "app"
     path.write_bytes(b"\0\0\0\0")
-    path.chmod(0o755)
+    path.chmod(mode)
     with executable(str(path)), pytest.raises(WhitepoolError, match=rf"{str(path)!r}"):
         new_pool(1).run_service()
 

@@ -58,18 +58,20 @@ def choose() -> list[str]:
 
 
 def _found(path: str, remedy: str) -> str:
-    """The absolute path of a program; a later `chdir` or `PATH` makes no difference to it."""
-    if os.path.isabs(path):
-        found: str | None = path if os.access(path, os.X_OK) else None
-    else:
+    """The absolute path of a program; a later `chdir` or `PATH` makes no difference to it.
+
+    Whether it may be run is for the kernel to say: `os.access` does not count capabilities.
+    """
+    found: str | None = path
+    if os.sep not in path:
         import shutil
 
         found = shutil.which(path)
-    if found is None or os.path.isdir(found):
+    if found is None or not os.path.isfile(found):
         raise WhitepoolError(
             f"a pool needs a Python interpreter to start its processes with, and {path!r} "
-            "(sys.executable, or what multiprocessing.set_executable() was given) is no program "
-            f"that can be run: {remedy}"
+            "(sys.executable, or what multiprocessing.set_executable() was given) is no program: "
+            f"{remedy}"
         )
     return os.path.abspath(found)
 
