@@ -419,3 +419,23 @@ def test_the_thread_that_makes_a_pool_keeps_its_own_mask(
     mine, after = threads.submit(make).result(SOON)
     assert signal.SIGUSR2 in after
     assert mine == after
+
+
+def take_many_at_once() -> int:
+    """Have a dozen signals handled on top of each other."""
+    numbers = [*signals.SPARED, *range(signal.SIGRTMIN, signal.SIGRTMIN + 7)]
+    taken = []
+    for number in numbers[len(signals.SPARED) :]:
+        signal.signal(number, lambda number, _: taken.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    return len(taken)
+
+
+def test_many_signals_at_once_are_taken(start_method: str) -> None:
+    """They nest on the stack that faulthandler has set up, which is short."""
+    with Pool(2, start_method=start_method) as session:
+        assert [session.run(take_many_at_once, timeout=20) for _ in range(3)] == [7] * 3
+        assert session.status().counters["crashes"] == 0

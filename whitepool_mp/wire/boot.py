@@ -116,7 +116,10 @@ def command(
     args = ", ".join(str(number) for number in (fd, *numbers))
     version = sys.version.split()[0]
     prove = (
-        f"os.environ.pop({STARTING!r}, None); os.write({proof}, b'!'); os.close({proof})\n"
+        f"os.environ.pop({STARTING!r}, None)\n"
+        # Where the owner is dead by now, this process is the one that removes what it has made.
+        f"try: os.write({proof}, b'!'); os.close({proof})\n"
+        f"except BrokenPipeError: os.close({proof})\n"
         if proof >= 0
         else ""
     )

@@ -31,14 +31,30 @@ class _Int(_Integer):
     _type_ = "i"
 
 
+class _Address(_Integer):
+    _type_ = "P"
+
+
 class _Function(CFuncPtr):
     _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
     _restype_ = _Int
 
 
+class _Allocator(CFuncPtr):
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
+    _restype_ = _Address
+
+
 def function(name: str) -> Callable[..., Any]:
-    """A function of this process's C library that takes and returns integers; see `get_errno`."""
+    """A function of this process's C library that takes integers, or bytes for a pointer to them,
+    and returns an integer; see `get_errno`."""
     return _Function(dlsym(dlopen(None, 0), name))  # type: ignore[arg-type]
+
+
+def malloc(size: int) -> int | None:
+    """The address of new memory that is never freed, or None."""
+    address: int | None = _Allocator(dlsym(dlopen(None, 0), "malloc"))(size)  # type: ignore[arg-type]
+    return address
 
 
 def integer() -> tuple[Any, Any]:
@@ -47,4 +63,4 @@ def integer() -> tuple[Any, Any]:
     return room, byref(room)
 
 
-__all__ = ["function", "get_errno", "integer"]
+__all__ = ["function", "get_errno", "integer", "malloc"]

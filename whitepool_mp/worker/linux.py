@@ -6,6 +6,7 @@ import fcntl
 import os
 import resource
 import select
+import struct
 
 from whitepool_mp.wire import libc
 
@@ -21,6 +22,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _F_SETSIG = 10
 
 _prctl = libc.function("prctl")
+_sigaltstack = libc.function("sigaltstack")
+_SIGNAL_STACK = 1 << 18
+"""Bytes, of which the kernel gives only what is used."""
 
 
 def adopt_orphans() -> None:
@@ -84,6 +88,18 @@ def be_killed_first() -> None:
         pass
     finally:
         os.close(fd)
+
+
+def widen_signal_stack() -> None:
+    """Give the handlers of this thread room for many signals at once.
+
+    faulthandler gives them a stack of about 12 KiB, on which all handlers of Python run as well.
+    Signals that come together nest there, some 4 KiB each (11 KiB on some processors): those that a
+    service manager sends while a terminal closes overflow it, and the kernel ends the process.
+    """
+    address = libc.malloc(_SIGNAL_STACK)
+    if address is not None:
+        _sigaltstack(struct.pack("PiP", address, 0, _SIGNAL_STACK), None)
 
 
 def limit_descriptors(soft: int) -> None:

@@ -190,7 +190,6 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signals.spare_no_fork()
-    signals.restore()
     linux.limit_descriptors(boot.descriptor_limit)  # the manager had raised its own
     sys.argv[:] = boot.argv
     for stream in (sys.stdout, sys.stderr):
@@ -198,6 +197,8 @@ def _prepare(boot: Boot, slot: int, page_fd: int) -> None:
             stream.reconfigure(line_buffering=True)  # what was printed before a crash is seen
     os.lseek(page_fd, pages.SIZE, os.SEEK_SET)
     faulthandler.enable(page_fd, all_threads=True)
+    linux.widen_signal_stack()
+    signals.restore()
     if "numpy.random" in sys.modules:  # forked copies would all draw the same numbers
         sys.modules["numpy.random"].seed()
     context._set(context.WorkerContext(slot, os.getpid(), boot.name))
