@@ -577,7 +577,7 @@ def test_a_client_s_pickle_is_loaded_by_nobody_but_workers_and_clients(
         back = session.map(deeds.OnUnpickling, [deeds.note] * 3, [paths["out"]] * 3)
         assert len(list(back)) == 3
         for raised in (session.run, lambda *args: session.submit(*args).result(SOON)):
-            with pytest.raises(deeds.Plain):
+            with pytest.raises(deeds.Witnessed):
                 raised(deeds.throw, deeds.Witnessed, paths["error"])
         assert session.status().counters["crashes"] == 0
     pids = {name: set(deeds.noted(path)) for name, path in paths.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import pickle
 import signal
@@ -313,9 +312,9 @@ def test_a_client_that_asks_and_leaves_harms_nobody(start_method: str, tmp_path:
     with Pool(2, start_method=start_method) as session:
         workers(session, 2)
         future, _, path = busy(session, tmp_path, deeds.block_signals_until_told)
-        link = session._member.link()
-        link._sock.sendall(frames.request(frames.STACKS, link.next_number()))
-        link.hang_up()
+        with session._member.link() as link:
+            link._sock.sendall(frames.request(frames.STACKS, link.next_number()))
+            link.hang_up()
         assert len(session.stacks()) == 2
         path.write_bytes(b"x")
         assert future.result(T) == "told"
@@ -444,4 +443,4 @@ def test_a_long_text_loses_its_middle(limit: int) -> None:
 
 
 def test_a_reply_is_json() -> None:
-    assert json.loads(frames.reply(5, [{"stack": "a\nb"}])[9:]) == [{"stack": "a\nb"}]
+    assert frames.read_reply(frames.reply(5, [{"stack": "a\nb"}])[4:]) == [{"stack": "a\nb"}]
