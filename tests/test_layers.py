@@ -9,7 +9,19 @@ from collections.abc import Iterator
 import whitepool_mp
 
 ROOT = pathlib.Path(whitepool_mp.__file__).parent
-PUBLIC = {"aio", "aio_lease", "executor", "jobs", "lease", "pool", "proxy", "session", "status"}
+PUBLIC = {
+    "aio",
+    "aio_lease",
+    "executor",
+    "jobs",
+    "lease",
+    "map_results",
+    "pool",
+    "progress",
+    "proxy",
+    "session",
+    "status",
+}
 
 # Who may import what: a layer is a folder's modules or one module, by its name below the package.
 # What is not listed (backends, integrations, cli, testing, ...) stands above all of these.
