@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from whitepool_mp.client.answers import open_answer
 from whitepool_mp.client.tasks import Task
 from whitepool_mp.errors import WhitepoolError
-from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire import messages, passed, payload
 from whitepool_mp.wire.messages import Message
 
 if TYPE_CHECKING:
@@ -90,13 +90,17 @@ class MapJob:
         self.name = payload.qualified_name(fn)
         self.fn = fn
         self.total = total
-        self._function = payload.dump_function(fn)
+        self._function: bytes | None
+        try:
+            self._function = payload.dump_function(fn)
+        except passed.NeedsDescriptors:
+            self._function = None  # it travels with each call
         self._whole = whole
         self._ahead = ahead
         self._column: Sequence[Any] | None = None
         # (A range may be longer than can be told, and is then read one by one.)
         plain = len(iterables) == 1 and type(iterables[0]) in (list, tuple, range)
-        if plain and timeout is None and total is not None:
+        if plain and timeout is None and total is not None and self._function is not None:
             self._column = cast("Sequence[Any]", iterables[0])
             if whole and type(self._column) is list:
                 self._column = tuple(self._column)
@@ -254,11 +258,13 @@ class MapJob:
                 items, first = [], self.read
                 continue
             data, buffers = dumped
-            if buffers or len(data) > ITEM_INLINE:
+            if buffers or len(data) > ITEM_INLINE or self._function is None:
                 if items:
                     self._post(self._task(items, first))
-                single = messages.pack_split(self._function, data)
-                flags = self._flags | messages.SPLIT
+                single, flags = data, self._flags
+                if self._function is not None:
+                    single = messages.pack_split(self._function, data)
+                    flags |= messages.SPLIT
                 index = self.read - 1
                 self._post(
                     Task(
@@ -297,11 +303,15 @@ class MapJob:
         """The arguments of each call, pickled, or why they cannot be."""
         for args in inputs:
             try:
-                yield payload.dump_arguments(self.fn, args, {})
+                if self._function is None:
+                    yield payload.dump_call(self.fn, args, {})
+                else:
+                    yield payload.dump_arguments(self.fn, args, {})
             except Exception as error:
                 yield error
 
     def _task(self, items: Sequence[Any], first: int, kind: int = messages.CALL) -> Task:
+        assert self._function is not None
         return Task(
             self.name,
             self,
@@ -324,9 +334,7 @@ class MapJob:
 
     def answered(self, task: Task, index: int, message: Message) -> None:
         self._learn(message.token / 1e9)
-        size = len(message.payload)
-        for buffer in message.buffers:
-            size += memoryview(buffer).nbytes
+        size = message.size
         returned, value = open_answer(message, self.name, 0, self.member.name)
         self._put(index, returned, value, size)
 

@@ -20,7 +20,7 @@ from whitepool_mp.client.member import Member, worker_died
 from whitepool_mp.config import check_timeout
 from whitepool_mp.errors import CallTimeout, LeaseError, WhitepoolError
 from whitepool_mp.proxy import Proxy
-from whitepool_mp.wire import messages, payload
+from whitepool_mp.wire import messages, passed, payload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,6 +157,7 @@ class Lease:
                 return Proxy(self, *value)
             return value
         finally:
+            passed.let_go(buffers)
             self._busy.release()
 
     # --- giving it back -------------------------------------------------------------------

@@ -30,7 +30,7 @@ from whitepool_mp.status import (
     make_status,
     statistics,
 )
-from whitepool_mp.wire import frames, messages, payload
+from whitepool_mp.wire import frames, messages, passed, payload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -285,6 +285,7 @@ class Session:
                     member.return_channel(hold.worker, hold.recalled())
                     continue
                 returned, value = open_answer(message, fn, hold.id, member.name)
+                passed.let_go(buffers)
             except (TimedOut, ChannelBroken, LinkBroken, LeaseError, Refused) as error:
                 if isinstance(error, LeaseError) and hold.keep:
                     hold.recalled()  # before its first call
@@ -297,8 +298,10 @@ class Session:
                     if deaths < MAX_DEATHS:
                         hold.lose()
                         continue
+                passed.let_go(buffers)
                 raise broken_off(member, hold, error, fn, seconds) from None
             except BaseException as error:
+                passed.let_go(buffers)
                 if unreached(hold, error):
                     hold.release(member)
                 else:

@@ -165,6 +165,7 @@ SENT = [
     messages.pack_results(1, 100, 2, pages.PICKLES, b"K\x01K\x02"),
     b"".join(messages.pack(messages.RELEASE, 0, 0, 7, b"")),
     HEAD.pack(messages.CALL, 0, 2, 1, 7, 4) + struct.pack("<QQ", 3, 1 << 63 | 2) + b"pickabcde",
+    HEAD.pack(messages.CALL, 0, 2, 1, 7, 4) + struct.pack("<QQ", 1 << 62 | 2, 3) + b"pickabc",
 ]
 
 

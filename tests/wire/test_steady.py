@@ -34,9 +34,9 @@ def pickled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     dumps = by_value.dumps
 
-    def noted(value: Any, sort: Any = None) -> bytes:
+    def noted(value: Any, *args: Any) -> bytes:
         found.append(value)
-        return dumps(value, sort)
+        return dumps(value, *args)
 
     monkeypatch.setattr(by_value, "dumps", noted)
     return found
@@ -355,9 +355,9 @@ def test_a_change_while_it_is_pickled_is_not_taken_for_what_was_there_before(
     function = define(names, "def f(): return RATE")
     dumps = by_value.dumps
 
-    def changing(value: Any, sort: Any = None) -> bytes:
+    def changing(value: Any, *args: Any) -> bytes:
         names["RATE"] = 9  # by another thread
-        return dumps(value, sort)
+        return dumps(value, *args)
 
     assert sent(function) == 3
     monkeypatch.setattr(by_value, "dumps", changing)

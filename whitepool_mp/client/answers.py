@@ -28,7 +28,7 @@ def open_answer(message: Message, what: Any, lease: int, pool: str) -> tuple[boo
     try:
         if message.kind == messages.ERROR:
             return False, _failure(message, payload.named(what), lease, pool)
-        value = payload.loads(message.payload, buffers=message.buffers)
+        value = message.load() if message.buffers else payload.loads(message.payload)
     except Exception as error:
         failure = SerializationError(
             f"the result of {payload.named(what)} could not be unpickled here: "

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import socket
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from whitepool_mp.client.joining import TimedOut
 from whitepool_mp.client.link import ChannelBroken, left_ms
 from whitepool_mp.wire import messages
 from whitepool_mp.wire.messages import HEAD, Message, MessageReader
 from whitepool_mp.wire.pages import RECALLED, Page
+from whitepool_mp.wire.passed import receive_due
 
 _SMALL = 64 * 1024
 """Bytes of a pickle that is copied to be sent in one piece with its head."""
@@ -55,7 +56,7 @@ class Channel:
         number: int,
         lease: int,
         data: bytes,
-        buffers: Sequence[pickle.PickleBuffer],
+        buffers: Sequence[Any],
         deadline: float | None,
     ) -> Message:
         """Send a request and return its answer.
@@ -80,7 +81,7 @@ class Channel:
             while True:
                 if deadline is not None and not self._poll.poll(left_ms(deadline)):
                     raise TimedOut
-                count = sock.recv_into(reader.room)
+                count = receive_due(sock, reader) if reader.due else sock.recv_into(reader.room)
                 if not count:
                     raise ChannelBroken
                 message = reader.take(count)

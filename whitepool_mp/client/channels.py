@@ -22,6 +22,7 @@ from whitepool_mp.client.poller import IN, OUT, new_poller
 from whitepool_mp.client.requests import Requests
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.wire import frames, messages
+from whitepool_mp.wire.passed import receive_due
 
 
 class Channels(Requests):
@@ -94,7 +95,10 @@ class Channels(Requests):
         """Read once; whether there may be more."""
         reader = channel.reader
         try:
-            count = channel.sock.recv_into(reader.room)
+            if reader.due:
+                count = receive_due(channel.sock, reader)
+            else:
+                count = channel.sock.recv_into(reader.room)
         except BlockingIOError:
             return False
         except OSError:

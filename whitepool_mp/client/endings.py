@@ -89,6 +89,8 @@ class Endings(Flights):
         if task.at == task.count:
             lease.tasks.popleft()
             self.running -= 1
+            if task.buffers:
+                task.let_go()
         if not lease.tasks:
             self._freed(lease)
             return
@@ -126,6 +128,7 @@ class Endings(Flights):
         index = task.first + task.at
         task.at += 1
         task.deaths = 0
+        task.let_go()
         self.running += 1  # until its end is known
         name = task.name
 
@@ -162,6 +165,7 @@ class Endings(Flights):
         self.destroy(lease, f"a call took longer than {task.timeout:g} s")
         index = task.first + task.at
         task.at += 1
+        task.let_go()
         self._requeue(tasks)
         task.sink.failed(
             task,
@@ -177,6 +181,7 @@ class Endings(Flights):
         task.cancelled = True
         lease: EngineLease | None = task.runner
         if lease is None:
+            task.let_go()
             self._unwanted += 1
             if self._unwanted * 2 > len(self._pending):
                 self._drop_unwanted()
@@ -188,6 +193,7 @@ class Endings(Flights):
         self._unwanted += task.runner is None  # it is queued again
         if lease.tasks and lease.tasks[0] is task:
             tasks = self._withdraw(lease)
+            task.let_go()
             self.destroy(lease, "its call was cancelled")
             self._requeue(tasks[1:])
 
@@ -284,6 +290,7 @@ class Endings(Flights):
         Each gets an exception of its own: one that is raised in several places collects the
         tracebacks of all.
         """
+        task.let_go()
         while task.left:
             index = task.first + task.at
             task.at += 1

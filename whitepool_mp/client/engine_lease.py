@@ -132,4 +132,5 @@ class EngineChannel(Channel):
                 return False
             except OSError:
                 unsent.clear()  # it is dead: reading finds out
+                self.hang_up()  # also if it is not, but descriptors cannot be passed to it
         return True

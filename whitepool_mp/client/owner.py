@@ -30,7 +30,7 @@ from whitepool_mp.config import PoolConfig
 from whitepool_mp.errors import WhitepoolError
 from whitepool_mp.wire import boot as boots
 from whitepool_mp.wire import folder as pool_folder
-from whitepool_mp.wire import frames, marked, payload, signals
+from whitepool_mp.wire import frames, marked, passed, payload, signals
 from whitepool_mp.wire import ledger as ledgers
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.ledger import Ledger
@@ -66,12 +66,15 @@ class Owner:
         check_waiting()
         kernel.require()
         factory = teardown = None
+        stocked: list[passed.Outgoing] = []
         if config.factory is not None:
-            factory = payload.dump_function(config.factory, "factory")
+            factory, stocked = payload.dump_factory(config.factory)
         if config.teardown is not None:
             teardown = payload.dump_function(config.teardown, "teardown")
         command = interpreter.choose()
         self._environment = heritage.environment(config)
+        # Locks and shared memory that they refer to are there for as long as these are.
+        self._given = config.factory, config.teardown
         self.pid = os.getpid()
         self.key = os.urandom(frames.KEY_BYTES)
         self.pool_id = os.urandom(12).hex()
@@ -107,7 +110,7 @@ class Owner:
         self._thread = threading.Thread(target=self._watch, name="whitepool-owner", daemon=True)
         step = f"the manager of pool {config.name!r} could not be started"
         try:
-            self._prepare()
+            self._prepare(stocked)
             self._begin()
             step = f"pool {config.name!r} needs a thread that watches its manager"
             self._thread.start()
@@ -123,8 +126,12 @@ class Owner:
 
     # --- managers -------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """Make what managers leave to each other."""
+    def _prepare(self, stocked: list[passed.Outgoing]) -> None:
+        """Make what managers leave to each other.
+
+        Args:
+            stocked: what travels with the factory, if anything does.
+        """
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             self._inlet, self._outlet = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -145,6 +152,9 @@ class Owner:
             self._listening, self._listens = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, self._listening)
             stack.callback(self._close_listens)
+            for outgoing in stocked:
+                stock = stack.enter_context(passed.store(outgoing))
+                self._boot.stock = stock.fileno()
             self._open = stack.pop_all()
 
     def _listen(self) -> None:
@@ -189,6 +199,7 @@ class Owner:
             self._end_fd,
             self._listening,
         )
+        stock = (self._boot.stock,) if self._boot.stock >= 0 else ()
         fd = boots.write(self._boot)
         before = signals.block()  # inherited: signals of others never reach it
         try:
@@ -206,7 +217,7 @@ class Owner:
                 environment[boots.STARTING] = self.pool_id
             process = subprocess.Popen(
                 command,
-                pass_fds=(fd, *given, *([proof] if proof >= 0 else [])),
+                pass_fds=(fd, *given, *stock, *([proof] if proof >= 0 else [])),
                 env=environment,
             )
             process.returncode = 0  # it is ours to wait for from here on

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from whitepool_mp.wire import messages
+from whitepool_mp.wire import messages, passed
 from whitepool_mp.wire.messages import Message
 
 MAX_DEATHS = 3
@@ -45,7 +45,7 @@ class Task:
         flags: `messages.WITH_RESOURCE` or 0.
         timeout: how many seconds each call may take, or None.
         payload: the pickled call (one call), or the pickled function (a batch).
-        buffers: a single call's buffers.
+        buffers: what travels beside a single call's pickle.
         items: a batch's arguments, pickled one by one, or plain values with kind BULK; None for a
             single call.
         first: the sink's index of the first call.
@@ -93,7 +93,7 @@ class Task:
         flags: int,
         timeout: float | None,
         payload: bytes,
-        buffers: Sequence[pickle.PickleBuffer] = (),
+        buffers: Sequence[Any] = (),
         items: Sequence[Any] | None = None,
         first: int = 0,
         kind: int = messages.CALL,
@@ -163,6 +163,11 @@ class Task:
             self.count = at
         rest.runner = None
         return rest
+
+    def let_go(self) -> None:
+        """It will not be sent again: let what travels beside it go."""
+        passed.let_go(self.buffers)
+        self.buffers = ()
 
     def rest(self) -> Task | None:
         """A task of the calls that have not ended, or None."""

@@ -3,11 +3,11 @@ event loop."""
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from whitepool_mp.client.address import Address
 from whitepool_mp.client.engine import Engine
@@ -74,7 +74,7 @@ class Threaded:
         flags: int,
         seconds: float | None,
         data: bytes,
-        buffers: Sequence[pickle.PickleBuffer],
+        buffers: Sequence[Any],
         site: str,
     ) -> JobFuture:
         """Queue a call; its future."""

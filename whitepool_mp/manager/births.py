@@ -105,7 +105,7 @@ class Births:
                 if self._nursery is None:
                     forked = nurseries.fork(self._boot, self._lifeline, self._escrow)
                     self._take_nursery(*forked)
-                kit = Kit()
+                kit = Kit(self._boot.stock)
                 self._escrow.park(worker, kit.kept())
             kit.control.setblocking(False)
             hand = Hand(worker, slot, kit.control, kit.page, self._clock(), kit.stderr, kit.stacks)

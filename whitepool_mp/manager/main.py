@@ -49,9 +49,13 @@ def main(
     signals.restore(signals.OTHERS)
     boot = boots.read(boot_fd)
     given = [boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd, listening]
+    if boot.stock >= 0:
+        given.append(boot.stock)
     if min(given) <= 2 or None in (sys.stdin, sys.stdout, sys.stderr):
         given = _stand_clear(*given)
-        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, end_fd, listening = given
+        boot_fd, listener_fd, ledger_fd, lifeline, inlet_fd, outlet_fd, *others = given
+        end_fd, listening, *stock = others
+        boot.stock = stock[0] if stock else -1
     for fd in given:
         os.set_inheritable(fd, False)
     # Only now: with them comes libffi, which opens itself, under any number that is free.

@@ -42,6 +42,7 @@ class Boot:
         interpreter: list[str],
         descriptor_limit: int,
         family: Family,
+        stock: int = -1,
     ) -> None:
         self.sys_path = sys_path
         self.pool_id = pool_id
@@ -58,6 +59,7 @@ class Boot:
         self.interpreter = interpreter
         self.descriptor_limit = descriptor_limit
         self.family = family
+        self.stock = stock  # the manager's number of the descriptors for the factory (`passed`)
 
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

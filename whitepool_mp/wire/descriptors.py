@@ -45,14 +45,14 @@ def pair(kind: int = STREAM) -> tuple[Socket, Socket]:
     return Socket(fileno=ours.detach()), Socket(fileno=theirs.detach())
 
 
-def send(sock: Socket, data: bytes, fds: Sequence[int]) -> int:
+def send(sock: Socket, data: bytes | memoryview, fds: Sequence[int], flags: int = 0) -> int:
     """Send bytes and descriptors with them; how many bytes went.
 
     Raises:
         OSError: as for `socket.socket.sendmsg`.
     """
     passed = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, pack(f"{len(fds)}i", *fds))
-    return sock.sendmsg([data], [passed])
+    return sock.sendmsg([data], [passed], flags)
 
 
 def receive(sock: Socket, size: int, most: int, flags: int = 0) -> tuple[bytes, list[int]]:

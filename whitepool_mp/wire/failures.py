@@ -28,7 +28,7 @@ from types import (
 )
 
 from whitepool_mp.errors import RemoteError, RemoteTraceback
-from whitepool_mp.wire import payload
+from whitepool_mp.wire import by_name, payload
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ def _dump(error: BaseException, link: Link) -> bytes | None:
     try:
         data = _by_name(error, reduce)
         if data is None:
-            from whitepool_mp.wire import by_value
-
-            data = by_value.dumps(error, reduce=reduce)
+            data = payload.dumps_alone(error, reduce=reduce)
         loaded = pickle.loads(data)
     except BaseException:  # the exception's own code runs here, and may raise anything
         return None
@@ -145,7 +143,7 @@ def _by_name(error: BaseException, reduce: Callable[[Any], Any]) -> bytes | None
         with io.BytesIO() as file:
             _Pickler(file, reduce).dump(error)
             data = file.getvalue()
-        return data if b"__main__" not in data else None
+        return data if by_name.is_right(data) else None
     except Exception:  # a local class, ...: the second way says what is really wrong
         return None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from whitepool_mp.wire import descriptors, pages
+from whitepool_mp.wire import descriptors, pages, passed
 
 MOST = 4
 """How many descriptors a worker is given at most."""
@@ -30,13 +30,16 @@ class Kit:
         given: what the worker gets besides the page: its end of the socket pair, and the write ends
             if there are pipes.
 
+    Args:
+        stock: the descriptors that its factory needs, or -1 (see `passed.store`).
+
     Raises:
         OSError: there are no descriptors left.
     """
 
     __slots__ = ("control", "given", "page", "stacks", "stderr")
 
-    def __init__(self) -> None:
+    def __init__(self, stock: int = -1) -> None:
         self.stderr: int | None = None
         self.stacks: int | None = None
         self.given: list[int] = []
@@ -49,6 +52,8 @@ class Kit:
         except OSError:
             os.close(self.page)
             raise
+        if stock >= 0:
+            passed.hand_out(stock, self.control)
         self.given.append(theirs.detach())
         try:
             stderr = os.pipe2(os.O_CLOEXEC)

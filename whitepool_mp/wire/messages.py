@@ -7,13 +7,17 @@ A message is a 24-byte head, the sizes of its out-of-band buffers, a pickle and 
 
     kind u8 | flags u8 | buffers u16 | number u32 | token u64 | pickle length u64
 
-A size's highest bit says that the buffer is a `bytes` object's, and is to be one again.
+A size's highest bit says that the buffer is a `bytes` object's, and is to be one again. The next
+one, of the first size alone, says that this is not a size but how many descriptors travel with the
+message (`passed`). Then a gap and one byte stand before the pickle, and that byte carries them.
 `number` counts the calls of a lease. `token` is the lease id in a request (the worker refuses an
 older one than it has seen) and the call's duration in nanoseconds in an answer.
 
 `MessageReader` is the protocol without I/O: it says where to put the next bytes; tell it how many
 came, take whole messages out. Small messages cost one receive; large buffers are received straight
-into the memory in which they stay.
+into the memory in which they stay. Descriptors get lost when the byte that carries them is received
+in the usual way. So the gap is as long as the reader's buffer: whoever receives that byte has read
+the head before, and knows that it comes `due`.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ import struct
 
 from whitepool_mp.errors import ProtocolError
 from whitepool_mp.records import Record
+from whitepool_mp.wire import descriptors, passed
 from whitepool_mp.wire.pages import FLOATS, INTEGERS, PICKLES
+from whitepool_mp.wire.passed import Incoming, Outgoing, Passing
 from whitepool_mp.wire.rooms import room
 
 TYPE_CHECKING = False  # as in `wire.boot`
@@ -79,8 +85,12 @@ _RESULTS = struct.Struct("<II")
 _BUFFER = 64 * 1024
 _LARGEST = 1 << 46
 _AS_BYTES = 1 << 63
-MAX_BUFFERS = (_BUFFER - HEAD.size) // 8
-"""How many buffers a message may have: head and sizes must fit the reader's buffer."""
+_DESCRIPTORS = 1 << 62
+_GAP = bytes(_BUFFER)
+_MAX_SIZES = (_BUFFER - HEAD.size) // 8
+MAX_BUFFERS = _MAX_SIZES - 1
+"""How many buffers a message may have: head and sizes must fit the reader's buffer, and one that
+tells of descriptors."""
 _GATHER = 512
 
 
@@ -94,9 +104,15 @@ class Message(Record):
     payload: memoryview
     buffers: Sequence[Any]
 
+    @property
+    def size(self) -> int:
+        """How many bytes the payload and the buffers have."""
+        beside = (each for each in self.buffers if type(each) is not Incoming)
+        return len(self.payload) + sum(memoryview(each).nbytes for each in beside)
+
     def load(self) -> Any:
         """Unpickle the payload with its buffers."""
-        return pickle.loads(self.payload, buffers=self.buffers)
+        return passed.load(self.payload, self.buffers)
 
 
 _new = tuple.__new__  # a NamedTuple's own constructor costs three times as much
@@ -108,19 +124,34 @@ def pack(
     number: int,
     token: int,
     payload: bytes,
-    buffers: Sequence[pickle.PickleBuffer] = (),
+    buffers: Sequence[Any] = (),
 ) -> list[bytes | memoryview]:
-    """A message as pieces to write one after the other; one piece when it is small."""
-    if not buffers:
+    """A message as pieces to write one after the other; one piece when it is small.
+
+    Args:
+        kind, flags, number, token, payload: see the module's text.
+        buffers: what travels beside the pickle: `pickle.PickleBuffer`s, and perhaps an `Outgoing`
+            before them.
+    """
+    first: list[int] = []
+    passing: list[bytes] = []
+    if buffers and type(buffers[0]) is Outgoing:
+        outgoing, *buffers = buffers
+        if outgoing.fds:
+            first = [_DESCRIPTORS | len(outgoing.fds)]
+            passing = [_GAP, Passing.of(outgoing)]
+    if not (buffers or first):
         head = HEAD.pack(kind, flags, 0, number, token, len(payload))
         return [head + payload] if len(payload) < _BUFFER else [head, payload]
-    head = HEAD.pack(kind, flags, len(buffers), number, token, len(payload))
+    count = len(first) + len(buffers)
+    head = HEAD.pack(kind, flags, count, number, token, len(payload))
     raws = [buffer.raw() for buffer in buffers]
     sizes = struct.pack(
-        f"<{len(raws)}Q",
+        f"<{count}Q",
+        *first,
         *(raw.nbytes | _AS_BYTES if type(raw.obj) is bytes else raw.nbytes for raw in raws),
     )
-    return [head + sizes, payload, *raws]
+    return [head + sizes, *passing, payload, *raws]
 
 
 def pack_split(function: bytes, arguments: bytes) -> bytes:
@@ -248,9 +279,11 @@ class MessageReader:
     """Received bytes in, whole messages out, without a copy of large ones.
 
     Use: `message = reader.take(sock.recv_into(reader.room))`, then `pop()` as long as there is
-    `more` and it gives one.
+    `more` and it gives one. While something is `due`, `passed.receive_due` receives instead.
 
     Attributes:
+        due: how many descriptors come with the next byte.
+        incoming: those that came.
         room: where the next bytes belong. Never empty.
         more: whether something has come that was not taken out.
     """
@@ -259,11 +292,15 @@ class MessageReader:
         "_as_bytes",
         "_begin",
         "_buffer",
+        "_carrier",
         "_end",
+        "_fds",
         "_head",
         "_parts",
         "_targets",
         "_view",
+        "due",
+        "incoming",
         "more",
         "room",
     )
@@ -277,6 +314,10 @@ class MessageReader:
         self._parts: list[Any] = []
         self._as_bytes: list[int] = []  # which of them
         self._targets: list[memoryview] = []
+        # Descriptors that a message brings: how many, and the byte that they come with.
+        self._fds = self.due = 0
+        self._carrier: memoryview | None = None
+        self.incoming: Incoming | None = None
 
     def _new_buffer(self, rest: bytes | bytearray) -> None:
         self._buffer = bytearray(_BUFFER)
@@ -323,6 +364,7 @@ class MessageReader:
         if self._targets:
             self.more = True
             self.room = self._targets[-1]
+            self.due = self._fds if self.room is self._carrier else 0
         elif self._begin == self._end:
             self.more = False
             self._begin = self._end = 0
@@ -343,7 +385,12 @@ class MessageReader:
             parts, self._parts, self._head = self._parts, [], None
             for index in self._as_bytes:
                 parts[index] = self._to_bytes(parts[index])
-            return Message(kind, flags, number, token, memoryview(parts[0]), parts[1:])
+            buffers = parts[1:]
+            if self._fds:
+                incoming, self.incoming = self.incoming, None
+                buffers.insert(0, incoming or Incoming(self._fds, []))
+                self._fds, self._carrier = 0, None
+            return Message(kind, flags, number, token, memoryview(parts[0]), buffers)
         begin = self._begin
         available = self._end - begin
         if available < _HEAD_SIZE:
@@ -363,10 +410,15 @@ class MessageReader:
             self._as_bytes = []
         else:
             if available < _HEAD_SIZE + 8 * count:
-                if count > MAX_BUFFERS:
+                if count > _MAX_SIZES:
                     raise ProtocolError(f"a message of {count} buffers")
                 return None
             told = struct.unpack_from(f"<{count}Q", self._buffer, body)
+            if told[0] & _DESCRIPTORS:
+                self._fds = told[0] & ~_DESCRIPTORS
+                told = told[1:]
+                if not 0 < self._fds <= passed.MOST:
+                    raise ProtocolError(f"a message with {self._fds} descriptors")
             sizes = [size & ~_AS_BYTES for size in told]
             self._as_bytes = [index for index, size in enumerate(told, 1) if size & _AS_BYTES]
             if sum(sizes) > _LARGEST:
@@ -378,12 +430,13 @@ class MessageReader:
 
     def _collect(self, at: int, sizes: list[int]) -> None:
         """Make room for a large message's parts and move in what has come of them already."""
+        before: list[Any] = [bytearray(_BUFFER), bytearray(1)] if self._fds else []
         try:
             self._parts = [room(size) if size else b"" for size in sizes]
         except (OSError, MemoryError, ValueError) as error:
             raise _no_memory(sum(sizes), error) from None
         targets = []
-        for part in self._parts:
+        for part in (*before, *self._parts):
             view = memoryview(part)
             have = min(len(view), self._end - at)
             if have:
@@ -392,6 +445,8 @@ class MessageReader:
             if have < len(view):
                 targets.append(view[have:])
         self._begin = at
+        if before:
+            self._carrier = targets[1]  # of the gap, nobody can have read all by now
         targets.reverse()
         self._targets = targets
 
@@ -427,7 +482,15 @@ def send_some(sock: Any, rest: list[memoryview], flags: int = 0) -> None:
     Raises:
         OSError: as for `socket.socket.sendmsg`.
     """
-    drop_sent(rest, sock.sendmsg(rest[:_GATHER], (), flags))
+    pieces = rest[:_GATHER]
+    for at, piece in enumerate(pieces):
+        if type(piece.obj) is Passing:
+            if not at:
+                drop_sent(rest, descriptors.send(sock, piece, piece.obj.outgoing.fds, flags))
+                return
+            del pieces[at:]
+            break
+    drop_sent(rest, sock.sendmsg(pieces, (), flags))
 
 
 def drop_sent(rest: list[memoryview], sent: int) -> None:

@@ -2,21 +2,30 @@
 
 Pickle protocol 5 throughout: buffers of 16 KiB and more travel beside the pickle, from where they
 lie. A pickle that names `__main__` is made again by value, since the worker's `__main__` is not
-the caller's. What cannot be pickled or unpickled raises `SerializationError`, which names it.
+the caller's, and one that names multiprocessing in the way that knows all of its reducers
+(`wire.reduction`), since plain pickle takes the number of a descriptor for the descriptor. What
+cannot be pickled or unpickled raises `SerializationError`, which names it.
 """
 
 from __future__ import annotations
 
+import sys
 from types import BuiltinFunctionType, FunctionType
 
 from whitepool_mp.errors import SerializationError
+from whitepool_mp.wire import by_name
 from whitepool_mp.wire.messages import MAX_BUFFERS, PLAIN
+from whitepool_mp.wire.passed import NeedsDescriptors, let_go
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
     import pickle
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
+
+    Dumped = tuple[bytes, list[Any]]
+    """A pickle and what travels beside it: buffers, and an `Outgoing` before them if need be."""
+    Job = tuple[bytes, list[Any], str]
 else:
     import _pickle as pickle  # as in `wire.messages`
 
@@ -26,12 +35,13 @@ OUT_OF_BAND = 16 * 1024
 LARGE_BYTES = 256 * 1024
 """An argument, or a result, that is a `bytes` of at least this size does so, too."""
 
-Dumped = tuple[bytes, list[pickle.PickleBuffer]]
-Job = tuple[bytes, list[pickle.PickleBuffer], str]
 
-
-def dumps(value: Any) -> Dumped:
+def dumps(value: Any, give: bool = False) -> Dumped:
     """Pickle a value.
+
+    Args:
+        value: what to pickle.
+        give: whether the value lives on here until the call has ended, as arguments do.
 
     Returns:
         The pickle and the buffers that travel beside it.
@@ -46,22 +56,33 @@ def dumps(value: Any) -> Dumped:
     found = _by_name(value)
     if found is not None:
         return found
-    from whitepool_mp.wire import by_value
+    buffers: list[Any] = []
+    if not _may_be_shared():
+        from whitepool_mp.wire import by_value
 
-    buffers: list[pickle.PickleBuffer] = []
-    return by_value.dumps(value, _sorter(buffers)), buffers
+        return by_value.dumps(value, _sorter(buffers)), buffers
+    from whitepool_mp.wire import reduction
+
+    data, outgoing = reduction.dumps(value, _sorter(buffers), give=give)
+    return data, buffers if outgoing is None else [outgoing, *buffers]
+
+
+def _may_be_shared() -> bool:
+    """Whether there may be something that multiprocessing knows better how to pickle."""
+    return "multiprocessing.reduction" in sys.modules or "socket" in sys.modules
 
 
 def _by_name(value: Any) -> Dumped | None:
     """A value's plain pickle; None if there is something in it that has to travel by value."""
     buffers: list[pickle.PickleBuffer] = []
     try:
-        data = pickle.dumps(value, 5, buffer_callback=buffers.append)
-        if b"__main__" not in data:
+        data = by_name.dumps(value, buffers.append)
+        if data is not None:
             if not buffers or (len(buffers) <= MAX_BUFFERS and all(map(_is_large, buffers))):
                 return data, buffers
             buffers.clear()
-            return pickle.dumps(value, 5, buffer_callback=_sorter(buffers)), buffers
+            data = by_name.dumps(value, _sorter(buffers))
+            return None if data is None else (data, buffers)
     except Exception:  # a lambda, a local class, ...: the second way says what is really wrong
         pass
     return None
@@ -103,17 +124,42 @@ def _sorter(buffers: list[pickle.PickleBuffer]) -> Callable[[pickle.PickleBuffer
     return keep_inside
 
 
-def dumps_inside(value: Any) -> bytes:
-    """Pickle a value with all its buffers inside (for values that are kept or are small)."""
+def dumps_inside(value: Any, give: bool = False) -> bytes:
+    """Pickle a value with all its buffers inside (for values that are kept or are small).
+
+    Args:
+        value: what to pickle.
+        give: whether it lives on here for as long as the pickle is used.
+
+    Raises:
+        NeedsDescriptors: it cannot be pickled without them.
+        Exception: whatever the value's own pickling raises.
+    """
     try:
-        data = pickle.dumps(value, 5)
-        if b"__main__" not in data:
+        data = by_name.dumps(value)
+        if data is not None:
             return data
     except Exception:  # as above
         pass
-    from whitepool_mp.wire import by_value
+    return dumps_alone(value, give)
 
-    return by_value.dumps(value)
+
+def dumps_alone(
+    value: Any, give: bool = False, reduce: Callable[[Any], Any] | None = None
+) -> bytes:
+    """Pickle a value by value, with what multiprocessing knows, and nothing beside the pickle.
+
+    Args:
+        value, give: as for `dumps_inside`.
+        reduce: as for `by_value.dumps`.
+    """
+    if not _may_be_shared():
+        from whitepool_mp.wire import by_value
+
+        return by_value.dumps(value, reduce=reduce)
+    from whitepool_mp.wire import reduction
+
+    return reduction.dumps(value, give=give, alone=True, reduce=reduce)[0]
 
 
 loads = pickle.loads
@@ -171,7 +217,7 @@ def dump_call(
         SerializationError: the function or an argument cannot be pickled; says which.
     """
     try:
-        return dumps((function, _arguments(args, kwargs)))
+        return dumps((function, _arguments(args, kwargs)), give=True)
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
 
@@ -269,7 +315,7 @@ def dump_arguments(
         SerializationError: as for `dump_call`.
     """
     try:
-        return dumps(_arguments(args, kwargs))
+        return dumps(_arguments(args, kwargs), give=True)
     except Exception as error:
         raise _culprit(function, args, kwargs, error) from error
 
@@ -281,7 +327,7 @@ def dump_method(target: int, name: str, args: tuple[Any, ...], kwargs: dict[str,
         SerializationError: an argument cannot be pickled.
     """
     try:
-        return dumps((target, name, args, kwargs))
+        return dumps((target, name, args, kwargs), give=True)
     except Exception as error:
         raise SerializationError(
             f"the arguments of method {name!r}, {shorten(args)} {shorten(kwargs)}, cannot be "
@@ -296,13 +342,32 @@ def dump_function(function: Callable[..., Any], what: str = "function") -> bytes
         SerializationError: it cannot be pickled.
     """
     try:
-        return dumps_inside(function)
+        return dumps_inside(function, give=True)
     except Exception as error:
-        raise SerializationError(
+        kind = NeedsDescriptors if isinstance(error, NeedsDescriptors) else SerializationError
+        raise kind(
             f"the {what} {qualified_name(function)} cannot be pickled: "
             f"{worded(error)}. What it refers to (a closure's variables, globals "
             "of a script) travels with it: build such things inside the worker instead"
         ) from error
+
+
+def dump_factory(factory: Callable[..., Any]) -> Dumped:
+    """Pickle a factory, which every worker is given.
+
+    Returns:
+        The pickle, and what travels with it, if anything does.
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    try:
+        return dump_function(factory, "factory"), []
+    except NeedsDescriptors:
+        from whitepool_mp.wire import reduction
+
+        data, outgoing = reduction.dumps(factory, give=True)
+        return data, [outgoing]
 
 
 def _culprit(
@@ -317,7 +382,7 @@ def _culprit(
     parts += [(f"argument {key!r} of {name}", value) for key, value in kwargs.items()]
     for what, value in parts:
         try:
-            dumps_inside(value)
+            let_go(dumps(value, give=True)[1])
         except Exception as reason:
             shown = "" if value is function else f" ({shorten(value)})"
             return SerializationError(f"{what}{shown} cannot be pickled: {worded(reason)}")
@@ -325,8 +390,6 @@ def _culprit(
 
 
 __all__ = [
-    "Dumped",
-    "Job",
     "dump_arguments",
     "dump_call",
     "dump_function",

@@ -87,7 +87,7 @@ class _Pickled:
         self.watched = [(weakref.ref(each), names) for each, names in watched.items()]
         self.parts = _weak(parts)
         self.name = payload.qualified_name(function)
-        self.begin = payload.nested(payload.dumps_inside(function))
+        self.begin = payload.nested(payload.dumps_inside(function, give=True))
 
     def is_up_to_date(self) -> bool:
         """Whether all of it is still the same."""

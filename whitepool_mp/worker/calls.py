@@ -20,6 +20,7 @@ from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.failures import dump_failure
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
 from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, WORN, Page
+from whitepool_mp.wire.passed import let_go, load
 from whitepool_mp.worker.answers import SHORT, Answers, Channel
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 
@@ -96,9 +97,9 @@ class Calls(Answers):
             if flags & SPLIT:
                 function_pickle, data = messages.read_split(data)
                 function = loads(function_pickle)
-                args, kwargs = loads(data, buffers=buffers)
+                args, kwargs = load(data, buffers) if buffers else loads(data)
             else:
-                function, (args, kwargs) = loads(data, buffers=buffers)
+                function, (args, kwargs) = load(data, buffers) if buffers else loads(data)
         except BaseException as error:
             self._fail(channel, number, messages.LOADING, error, started)
             return
@@ -141,6 +142,7 @@ class Calls(Answers):
             self._fail(channel, number, messages.DUMPING, error, started, function, value)
             return
         self._answer_in_pieces(channel, messages.pack(RESULT, 0, number, took, data, buffers), took)
+        let_go(buffers)
 
     def _method(self, channel: Channel, message: Message) -> None:
         number = message.number
@@ -174,6 +176,7 @@ class Calls(Answers):
             flags, buffers = messages.REFERENCE, []
         answer = messages.pack(RESULT, flags, number, took, data, buffers)
         self._answer_in_pieces(channel, answer, max(took, SHORT))
+        let_go(buffers)
 
     def _batch(self, channel: Channel, message: Message) -> None:
         function_pickle, items = messages.read_batch(message.payload)

@@ -22,7 +22,7 @@ import os
 import sys
 from _thread import get_ident
 
-from whitepool_mp.wire import frames, pages, payload, signals
+from whitepool_mp.wire import frames, pages, passed, payload, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
 from whitepool_mp.worker import context, family, linux
@@ -213,6 +213,7 @@ def _serve(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int | C
     """
     control = Socket(fileno=control_fd)
     control.setblocking(True)
+    stock = [passed.take_out(control)] if boot.stock >= 0 else []
     page = pages.Page(page_fd)
     page.words[pages.PID] = os.getpid()  # also where news of the birth were lost with a manager
     page.order_me()
@@ -222,7 +223,7 @@ def _serve(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int | C
     own = os.getpid()
     if boot.factory is not None:
         try:
-            resource = payload.loads(boot.factory)()
+            resource = passed.load(boot.factory, stock)()
         except BaseException as error:
             if os.getpid() != own:
                 raise

@@ -119,7 +119,7 @@ def begin(
     """
     pid = None
     try:
-        kit = Kit()
+        kit = Kit(boot.stock)
     except OSError:
         return fork(boot, lifeline, escrow), None
     try:

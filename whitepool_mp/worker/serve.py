@@ -22,6 +22,7 @@ from whitepool_mp.wire import descriptors, frames, messages, pages, rooms
 from whitepool_mp.wire.descriptors import DONTWAIT, Socket
 from whitepool_mp.wire.messages import CALL, Message
 from whitepool_mp.wire.pages import KIND, QUIET, RECALLED, RESULTS, SENDINGS, UNSENT, Page
+from whitepool_mp.wire.passed import receive_due
 from whitepool_mp.worker.answers import Channel
 from whitepool_mp.worker.calls import Calls
 
@@ -144,7 +145,10 @@ class Server(Calls):
         reader = channel.reader
         try:
             try:
-                count = channel.sock.recv_into(reader.room, 0, DONTWAIT)
+                if reader.due:
+                    count = receive_due(channel.sock, reader, DONTWAIT)
+                else:
+                    count = channel.sock.recv_into(reader.room, 0, DONTWAIT)
             except BlockingIOError:
                 return  # it was served when the manager wanted that done first
             if not count:
