@@ -151,11 +151,6 @@ def test_accepts(option: str, value: Any, kept: Any) -> None:
     assert type(result) is type(kept)
 
 
-@pytest.mark.parametrize(
-    "factory",
-    [CallableInstance(), functools.partial(dict, a=1), lambda: 1],
-    ids=["instance", "partial", "lambda"],
-)
 class Word(str, enum.Enum):
     """Texts that are members of an enum, as before there was `StrEnum`."""
 
@@ -195,6 +190,11 @@ def test_subclasses_are_kept_as_plain_values(option: str, value: Any, kept: Any)
     assert marshal.loads(marshal.dumps(result)) == kept
 
 
+@pytest.mark.parametrize(
+    "factory",
+    [CallableInstance(), functools.partial(dict, a=1), lambda: 1],
+    ids=["instance", "partial", "lambda"],
+)
 def test_any_callable_is_a_factory(factory: Callable[[], Any]) -> None:
     assert options(factory=factory, teardown=take_down).factory is factory
 

@@ -102,10 +102,11 @@ def test_a_manager_out_of_descriptors_takes_connections_again_later(start_method
                 refused.append(error)
 
         threads = [threading.Thread(target=ask) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(SOON)
+        with session._member.link():  # so that each of the others needs one of its own
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(SOON)
         assert len(refused) == 5
         assert session.status().available == 1  # a connection that was there serves on
         limit_manager(session, 4096)

@@ -375,10 +375,10 @@ def test_variables_that_are_read_at_the_start_have_effect(of: Of, tmp_path: Path
 def test_a_library_for_the_loader(new_pool: NewPool) -> None:
     def loaded() -> bool:
         with open("/proc/self/maps") as file:
-            return "libresolv" in file.read()
+            return "libBrokenLocale" in file.read()
 
     assert not loaded()
-    with new_pool(1, env={"LD_PRELOAD": "libresolv.so.2"}) as session:
+    with new_pool(1, env={"LD_PRELOAD": "libBrokenLocale.so.1"}) as session:
         assert session.run(loaded, timeout=SOON)
 
 

@@ -53,7 +53,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 def caller_site() -> str:
     """The line outside this package that the current call comes from."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)  # a greenlet's stack may have no more than this
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith(_PACKAGE):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -23,14 +23,9 @@ IDLE_LINKS = 16
 
 
 class Links:
-    """The connections of a process's membership.
+    """The connections of a process's membership."""
 
-    Args:
-        make: makes a connection, until a deadline on the monotonic clock, or None for ever.
-    """
-
-    def __init__(self, make: Callable[[float | None], Link]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         # Reentrant: a lease that is collected while its own thread has the lock ends over a link.
         self._lock = threading.RLock()
         self._idle: dict[Link, None] = {}  # used last comes last
@@ -38,10 +33,12 @@ class Links:
         self._closed = False
 
     @contextlib.contextmanager
-    def use(self, deadline: float | None) -> Iterator[Link]:
+    def use(self, make: Callable[[float | None], Link], deadline: float | None) -> Iterator[Link]:
         """A connection for the calling thread alone, while the block runs.
 
         Args:
+            make: makes one, until a deadline. (It is not kept: it leads back to the membership,
+                which ends when nothing refers to it any more.)
             deadline: until when to try to connect, on the monotonic clock; None for as long as the
                 manager lives.
 
@@ -49,7 +46,7 @@ class Links:
             TimedOut, LinkBroken: as for `Link`.
             OSError: no descriptor is left.
         """
-        link = self._take(deadline)
+        link = self._take(make, deadline)
         try:
             yield link
         finally:
@@ -67,12 +64,12 @@ class Links:
             if found:
                 self._put(link)
 
-    def _take(self, deadline: float | None) -> Link:
+    def _take(self, make: Callable[[float | None], Link], deadline: float | None) -> Link:
         with self._lock:
             if self._idle:
                 return self._idle.popitem()[0]
         try:
-            link = self._make(deadline)
+            link = make(deadline)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise

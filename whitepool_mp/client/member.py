@@ -107,7 +107,7 @@ class Member:
         self._lock = threading.RLock()  # of a lease that is collected in the midst of it
         self._token = os.urandom(frames.MEMBER_BYTES)
         self._local = threading.local()
-        self._links = Links(self._connect)
+        self._links = Links()
         self._channels: dict[int, Channel] = {}  # those that no lease uses, by worker
         self._opened: weakref.WeakSet[Channel] = weakref.WeakSet()
         self._engines: dict[str, Threaded] = {}
@@ -132,7 +132,7 @@ class Member:
             ManagerDied: its manager is gone.
             OSError: this process has no descriptor left for one.
         """
-        return self._links.use(deadline)
+        return self._links.use(self._connect, deadline)
 
     def _connect(self, deadline: float | None) -> Link:
         if self.closed:
