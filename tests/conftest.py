@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
 
 import psutil
 import pytest
@@ -30,8 +29,6 @@ _stderr = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     # While a test runs its output is captured, and what the hang guard wrote would end with it.
     config.stash[_stderr] = os.dup(2)
-    # tqdm makes a lock of multiprocessing, which starts a process that stays: not in a test.
-    resource_tracker.ensure_running()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

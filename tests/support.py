@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,9 @@ from whitepool_mp import Pool, Session
 
 NewPool = Callable[..., Pool]
 
+# Locks of multiprocessing (tqdm has one) start a process that stays. It is not a test's, and has no
+# mark of one.
+resource_tracker.ensure_running()
 MARK = "WHITEPOOL_TEST_RUN"
 RUN = uuid.uuid4().hex
 os.environ[MARK] = RUN  # inherited by every process that a test starts

@@ -1201,15 +1201,20 @@ def test_a_shutdown_starts_another_worker_for_what_waits_behind_a_job_that_is_on
         needs = session.submit(errands.wait_for, pipe)
         makes = session.submit(Path.write_bytes, pipe, b"x")
         until(lambda: needs._task.runner and makes._task.runner)
+
         # As another process would begin it, with nobody waiting for the jobs of this one first.
-        with thread(lambda: session._member.link().question(frames.DRAIN)) as ended:
+        def drain() -> Any:
+            with session._member.link() as link:
+                return link.question(frames.DRAIN)
+
+        with thread(drain) as ended:
             until(lambda: session._member.running_engine().engine.jobs.draining)
             until(lambda: session.status().draining)
             os.kill(makes._task.runner.pid, signal.SIGKILL)
             os.kill(needs._task.runner.pid, signal.SIGCONT)
             assert makes.result(T) == 1
             assert needs.result(T) is None
-            assert ended.result(T) is True
+            assert ended.result(T)
     finally:
         session.terminate()
 
