@@ -112,7 +112,7 @@ class Message(Record):
 
     def load(self) -> Any:
         """Unpickle the payload with its buffers."""
-        return passed.load(self.payload, self.buffers)
+        return passed.take(pickle.loads, self.payload, self.buffers)
 
 
 _new = tuple.__new__  # a NamedTuple's own constructor costs three times as much

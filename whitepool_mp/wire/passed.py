@@ -20,11 +20,8 @@ from whitepool_mp.wire.descriptors import Socket
 
 TYPE_CHECKING = False  # as in `wire.boot`
 if TYPE_CHECKING:
-    import pickle
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
-else:
-    import _pickle as pickle  # as in `wire.messages`
 
 MOST = 253
 """How many descriptors the kernel passes at once (SCM_MAX_FD)."""
@@ -145,16 +142,21 @@ def let_go(buffers: Sequence[Any]) -> None:
         buffers[0].close()
 
 
-def load(data: bytes | memoryview, buffers: Sequence[Any]) -> Any:
+def take(loads: Callable[..., Any], data: bytes | memoryview, buffers: Sequence[Any]) -> Any:
     """Unpickle what came with out-of-band buffers, or descriptors, or both.
 
     Descriptors that are not taken are closed.
+
+    Args:
+        loads: `pickle.loads`. (The manager loads this file, and has no pickle.)
+        data: the pickle.
+        buffers: what came with it.
     """
     if not buffers or type(buffers[0]) is not Incoming:
-        return pickle.loads(data, buffers=buffers)
+        return loads(data, buffers=buffers)
     before = _arriving.set(buffers[0])
     try:
-        return pickle.loads(data, buffers=buffers[1:])
+        return loads(data, buffers=buffers[1:])
     finally:
         _arriving.reset(before)
         buffers[0].close()
@@ -247,8 +249,8 @@ __all__ = [
     "Passing",
     "hand_out",
     "let_go",
-    "load",
     "receive_due",
     "store",
+    "take",
     "take_out",
 ]

@@ -20,7 +20,8 @@ from whitepool_mp.wire import messages, pages, payload
 from whitepool_mp.wire.failures import dump_failure
 from whitepool_mp.wire.messages import HEAD, NUMBERS, RESULT, SPLIT, WITH_RESOURCE, Message
 from whitepool_mp.wire.pages import BEGUN, CALLS, RECALLED, WORN, Page
-from whitepool_mp.wire.passed import let_go, load
+from whitepool_mp.wire.passed import let_go
+from whitepool_mp.wire.unpickling import load
 from whitepool_mp.worker.answers import SHORT, Answers, Channel
 from whitepool_mp.worker.bulk import LARGEST_GROUP, Bulk
 

@@ -25,6 +25,7 @@ from _thread import get_ident
 from whitepool_mp.wire import frames, pages, passed, payload, signals
 from whitepool_mp.wire.boot import Boot
 from whitepool_mp.wire.descriptors import Socket
+from whitepool_mp.wire.unpickling import load
 from whitepool_mp.worker import context, family, linux
 from whitepool_mp.worker.calls import told
 from whitepool_mp.worker.serve import Server, flush_output
@@ -223,7 +224,7 @@ def _serve(boot: Boot, control_fd: int, page_fd: int, stacks_fd: int) -> int | C
     own = os.getpid()
     if boot.factory is not None:
         try:
-            resource = passed.load(boot.factory, stock)()
+            resource = load(boot.factory, stock)()
         except BaseException as error:
             if os.getpid() != own:
                 raise
