@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, as_completed, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import deeds
 import errands
@@ -402,3 +402,22 @@ def test_an_impossible_option_of_a_map_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=next(iter(options))):
         executor.map(errands.square, range(4), **options)
+
+
+class SaysWherePickled:
+    """Notes the thread in which it is pickled."""
+
+    threads: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> Any:
+        self.threads.append(threading.current_thread().name)
+        return int, (7,)
+
+
+def test_items_of_a_map_are_pickled_in_the_thread_that_called_it(executor: SessionExecutor) -> None:
+    """Also those that come after many plain values: their code is to hold up nobody's results."""
+    SaysWherePickled.threads.clear()
+    results = executor.map(errands.square, [*range(20_000), SaysWherePickled()])
+    here = threading.current_thread().name
+    assert SaysWherePickled.threads and set(SaysWherePickled.threads) == {here}
+    assert list(results)[-1] == 49

@@ -102,8 +102,11 @@ class MapJob:
         plain = len(iterables) == 1 and type(iterables[0]) in (list, tuple, range)
         if plain and timeout is None and total is not None and self._function is not None:
             self._column = cast("Sequence[Any]", iterables[0])
-            if whole and type(self._column) is list:
+            if whole and type(self._column) is not range:
                 self._column = tuple(self._column)
+                # Others are pickled now: later that would run their code in the engine's thread.
+                if not set(map(type, self._column)) <= messages.PLAIN:
+                    self._column = None
         self._inputs: Iterator[Dumped | Exception] = self._dumped(zip(*iterables, strict=False))
         if whole and self._column is None:
             dumped = deque(self._inputs)
